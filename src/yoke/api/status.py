@@ -1,0 +1,48 @@
+"""``/yoke/status``: the cluster's state as JSON, for ``yoke status`` and for people's own tools. Its fields are documented in docs/api.md."""
+
+from dataclasses import asdict
+
+import msgspec
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from yoke.core.request import Cluster, ClusterStatus
+
+
+def routes(cluster: Cluster) -> list[Route]:
+    """The path over ``cluster``."""
+
+    async def status(_: HttpRequest) -> Response:
+        return Response(msgspec.json.encode(status_fields(await cluster.status())), media_type="application/json")
+
+    return [Route("/yoke/status", status, methods=["GET"])]
+
+
+def status_fields(status: ClusterStatus) -> dict[str, object]:
+    """A status as plain values; ranges are half-open [start, stop)."""
+    plan = status.plan
+    nodes = [
+        {
+            "id": node.id,
+            "name": node.name,
+            "device": node.device.name,
+            "description": node.device.description,
+            "threads": node.device.threads,
+            "free_bytes": node.device.free_bytes,
+            "matvec_bytes_per_s": node.device.matvec_bytes_per_s,
+        }
+        for node in status.nodes
+    ]
+    stages = []
+    for times in status.stages:
+        blocks = plan.stages[times.stage].blocks if plan is not None else None
+        stages.append({**asdict(times), "blocks": [blocks.start, blocks.stop] if blocks is not None else [0, 0]})
+    return {
+        "model": plan.spec.name if plan is not None else None,
+        "plan_version": plan.version if plan is not None else None,
+        "running": status.running,
+        "queued": status.queued,
+        "nodes": nodes,
+        "stages": stages,
+    }

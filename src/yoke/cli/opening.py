@@ -1,0 +1,61 @@
+"""What every command that runs a model does first: open the cluster, wait for its nodes, plan, load."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+
+from yoke.cli.render import errors, loading, plan_table, waiting
+from yoke.core.settings import Settings
+from yoke.node.coordinator import Coordinator
+from yoke.node.local import Layout, load_settings, open_coordinator, sizes, wish_of
+from yoke.node.model import Model
+
+
+def run_until_signal(work: Coroutine[None, None, None]) -> None:
+    """Run ``work``; Ctrl-C and a polite request to end (SIGTERM) cancel it, so that whatever it started is ended too."""
+
+    async def cancellable() -> None:
+        with contextlib.suppress(NotImplementedError):  # Windows has no such signal
+            task = asyncio.current_task()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: task.cancel() if task is not None else None)
+        await work
+
+    try:
+        asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+@contextlib.asynccontextmanager
+async def loaded_cluster(
+    path: Path, settings: Settings, layout: Layout, *, is_shown: bool = True, on_ready: Callable[[Coordinator], None] = lambda _: None
+) -> AsyncIterator[Coordinator]:
+    """A coordinator whose model is loaded on all nodes of its plan.
+
+    Raises
+    ------
+    YokeError
+        if the model cannot be read, fits nowhere, or a node fails.
+    """
+    model = Model.open(path)
+    try:
+        context, cells = sizes(settings, model)
+        options = load_settings(settings, context, cells)
+        is_terminal = is_shown and errors.is_terminal
+        async with contextlib.AsyncExitStack() as stack:
+            spinner = stack.enter_context(contextlib.ExitStack())
+            spinner.enter_context(waiting("starting nodes and measuring them", is_terminal))
+            coordinator = await stack.enter_async_context(open_coordinator(settings, layout, on_ready))
+            spinner.close()
+            with loading(is_terminal) as report:
+                coordinator.on_progress = report
+                outlook = await coordinator.load(model, wish_of(settings, layout, cells), options)
+            if is_shown and len(outlook.bytes_per_node) > 1:
+                errors.print(plan_table(outlook, {node.id: node for node in coordinator.nodes}))
+            for sentence in outlook.left_out.values() if is_shown else ():
+                errors.print(sentence, highlight=False)
+            yield coordinator
+    finally:
+        model.file.close()

@@ -1,0 +1,68 @@
+"""``yoke serve``: the HTTP API over a model on this machine and those that join it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from yoke.api.server import check_host, create_app, serve_http
+from yoke.cli import options
+from yoke.cli.opening import loaded_cluster, run_until_signal
+from yoke.cli.render import errors
+from yoke.core.settings import Settings
+from yoke.node.coordinator import Coordinator
+from yoke.node.local import Layout
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve", help="Serve MODEL over the OpenAI API, on this machine and those that join it.")(serve)
+
+
+def serve(
+    model: options.Model,
+    host: Annotated[str | None, typer.Option(help="Where the HTTP API listens; other than loopback needs --api-key.", show_default=False)] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the HTTP API; 0 is any.", show_default=False)] = None,
+    api_key: Annotated[str | None, typer.Option(help="The key that HTTP clients must send.", show_default=False)] = None,
+    cluster_host: Annotated[str | None, typer.Option(help="This machine's address for those that join; lets them.", show_default=False)] = None,
+    cluster_port: Annotated[int | None, typer.Option(help="Port where machines join; 0 is any.", show_default=False)] = None,
+    nodes: options.Nodes = 1,
+    local_nodes: options.LocalNodes = 1,
+    stages: options.Stages = None,
+    ranks: options.Ranks = None,
+    shares: options.Shares = None,
+    context: options.Context = None,
+    cells: options.Cells = None,
+    chunk: options.Chunk = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    cache_type: options.CacheType = None,
+    wire_type: options.WireType = None,
+    chat_template: options.ChatTemplate = None,
+    state_dir: options.StateDir = None,
+) -> None:
+    """Serve a model."""
+    settings = options.settings(
+        host=host, port=port, api_key=api_key, cluster_host=cluster_host, cluster_port=cluster_port, context=context, cells=cells, chunk=chunk,
+        threads=threads, device=device, cache_type=cache_type, wire_type=wire_type, chat_template=chat_template, state_dir=state_dir,
+    )  # fmt: skip
+    is_open = nodes > local_nodes or cluster_host is not None or cluster_port is not None
+    layout = Layout(local_nodes=local_nodes, nodes=nodes, is_open=is_open, stages=stages, ranks=ranks, shares=options.share_numbers(shares))
+    run_until_signal(_serve(model, settings, layout))
+
+
+async def _serve(path: Path, settings: Settings, layout: Layout) -> None:
+    check_host(settings.host, has_key=bool(settings.api_key))
+    async with loaded_cluster(path, settings, layout, on_ready=lambda cluster: _invite(cluster, layout)) as cluster:
+        app = create_app(cluster, key=settings.api_key or None)
+        await serve_http(app, host=settings.host, port=settings.port, ready=lambda url: typer.echo(f"serving {path.stem} at {url}"))
+
+
+def _invite(cluster: Coordinator, layout: Layout) -> None:
+    """Tell how others join, and who does."""
+    cluster.on_join = lambda node: errors.print(f"{node.name} joined with {node.device.description}", highlight=False)
+    if layout.is_open:
+        errors.print("on each other machine, run:", highlight=False)
+        typer.echo(f"yoke join {cluster.invite.encode()}")
+        if layout.nodes > layout.local_nodes:
+            errors.print(f"waiting until {layout.nodes} nodes are there", highlight=False)

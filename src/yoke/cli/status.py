@@ -1,0 +1,69 @@
+"""``yoke status``: what a running server says of itself, over HTTP."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from yoke.cli import options
+from yoke.cli.render import output, size
+from yoke.core.errors import NodeError
+
+TIMEOUT_S = 5.0
+MAX_ANSWER_BYTES = 1 << 22
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("status", help="Show nodes, plan and where the time goes of the server that runs here.")(status)
+
+
+def status(
+    as_json: options.Json = False,
+    url: Annotated[str | None, typer.Option(help="The server's address; default is this machine's own.", show_default=False)] = None,
+    api_key: Annotated[str | None, typer.Option(help="The server's key, if it has one.", show_default=False)] = None,
+) -> None:
+    """Show a server's state."""
+    settings = options.settings(api_key=api_key)
+    answer = _ask(f"{url or f'http://{settings.host}:{settings.port}'}/yoke/status", settings.api_key)
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    for table in _tables(answer):
+        output.print(table)
+
+
+def _tables(status: dict[str, Any]) -> Iterator[Table]:
+    """Nodes, and where each worker's time went."""
+    nodes = Table(title=f"{len(status['nodes'])} node(s), {status['running']} session(s) running, {status['queued']} waiting", title_justify="left")
+    for name in ("node", "device", "offers", "streams"):
+        nodes.add_column(name)
+    for node in status["nodes"]:
+        nodes.add_row(node["name"], node["device"], size(node["free_bytes"]), f"{size(node['matvec_bytes_per_s'])}/s")
+    yield nodes
+    times = Table(title="where the time went", title_justify="left")
+    for name in ("stage", "rank", "node", "blocks", "steps", "tokens", "compute s", "collective s", "wire s", "waiting s"):
+        times.add_column(name, justify="right")
+    for stage in status["stages"]:
+        spent = [f"{stage[name]:.2f}" for name in ("compute_s", "collective_s", "wire_s", "waiting_s")]
+        start, stop = stage["blocks"]
+        times.add_row(str(stage["stage"]), str(stage["rank"]), stage["node"], f"{start}..{stop - 1}", str(stage["steps"]), str(stage["tokens"]), *spent)
+    yield times
+
+
+def _ask(url: str, key: str) -> dict[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        raise NodeError(f"{url!r} is not an address; expected http://HOST:PORT")
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})  # noqa: S310 - the scheme was checked
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
+            answer = json.loads(response.read(MAX_ANSWER_BYTES))
+    except (OSError, ValueError) as error:
+        raise NodeError(f"no answer from {url}: {error}; is `yoke serve` running there?") from error
+    if not isinstance(answer, dict):
+        raise NodeError(f"{url} answered {type(answer).__name__}; expected a status")
+    return answer

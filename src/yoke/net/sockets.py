@@ -1,0 +1,126 @@
+"""Sockets made ready for a channel: options, TLS handshake, waiting. Knows which system has what; does not know who may connect."""
+
+import contextlib
+import select
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable
+
+BUFFER_BYTES = 1 << 20
+"""Asked of the system for each socket and direction. `yoke.net.group` relies on a part of it: see the note on deadlock there."""
+
+LOOK_S = 1.0
+"""How often a call that waits looks whether the peer's system still answers."""
+
+_UNANSWERED = 4  # retransmissions after 0.2, 0.4, 0.8 and 1.6 s: about 3 s of silence
+
+TICK_S = 0.1
+"""How soon a closing listener is noticed by its threads."""
+
+
+def open_connection(host: str, port: int, deadline: float) -> socket.socket:
+    """A TCP connection to the first address of ``host`` that answers; its options are set before it connects.
+
+    Raises
+    ------
+    OSError
+        if no address answered by ``deadline`` (monotonic clock).
+    """
+    failure: OSError = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            size_buffers(connection)
+            tune(connection)
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            connection.connect(address)
+        except OSError as error:
+            connection.close()
+            failure = error
+        else:
+            return connection
+    raise failure
+
+
+def secure(context: ssl.SSLContext, connection: socket.socket, is_server: bool, deadline: float, is_cancelled: Callable[[], bool]) -> ssl.SSLSocket:
+    """The TLS handshake over ``connection``, whole within the deadline: a peer that sends a byte now and then gains nothing.
+
+    Takes ``connection`` over, and closes it on failure. ``deadline`` is of the monotonic clock; ``is_cancelled`` is asked now and then.
+
+    Raises
+    ------
+    OSError
+        if TLS refuses the peer (`ssl.SSLError`), the connection ends, the deadline passes, or the handshake is cancelled.
+    """
+    secured = context.wrap_socket(connection, server_side=is_server, do_handshake_on_connect=False)
+    try:
+        secured.setblocking(False)
+        waiters = {writing: waiter(secured, writing=writing) for writing in (False, True)}
+        while True:
+            try:
+                secured.do_handshake()
+            except ssl.SSLWantReadError:
+                writing = False
+            except ssl.SSLWantWriteError:
+                writing = True
+            else:
+                return secured
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 or is_cancelled():
+                raise TimeoutError("the handshake took too long")
+            waiters[writing](min(remaining_s, TICK_S))
+    except BaseException:
+        secured.close()
+        raise
+
+
+def waiter(secured: socket.socket, *, writing: bool) -> Callable[[float | None], bool]:
+    """A function that waits until ``secured`` can be read, or written to: at most so many seconds, None for ever; whether it can. For one thread at a time."""
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        poller.register(secured, select.POLLOUT if writing else select.POLLIN)
+        poll = poller.poll
+        return lambda timeout_s: bool(poll(None if timeout_s is None else timeout_s * 1000))
+    # Windows has no poll().
+    reading, sending = ([], [secured]) if writing else ([secured], [])
+    return lambda timeout_s: any(select.select(reading, sending, [], timeout_s))
+
+
+def size_buffers(connection: socket.socket) -> None:
+    """Ask for `BUFFER_BYTES` each way; the system may grant less. Comes before connecting or listening: a window's scale is agreed on in its first packet."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+
+
+def is_silent(connection: socket.socket) -> bool:
+    """Whether the peer's system has left several packets in a row unacknowledged, over some seconds. Always False where the system does not tell.
+
+    TCP_USER_TIMEOUT would do this too, but it also ends the connection to a peer that is well and merely computes for longer without reading (measured on
+    Linux 6.18).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    # The first bytes of struct tcp_info (linux/tcp.h): state, congestion state, retransmits, probes. Both count from the last acknowledgement.
+    _, _, retransmits, probes = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 4)
+    return max(retransmits, probes) >= _UNANSWERED
+
+
+def tune(connection: socket.socket) -> None:
+    """No delay, quick notice of a silent peer, and a congestion control that does not pace small messages; each where the system has it."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    wanted: tuple[tuple[str, int | bytes], ...] = (
+        ("TCP_NODELAY", 1),
+        ("TCP_CONGESTION", b"cubic"),  # bbr's pacing cost 10 ms for a 16 KB message on a slow link (measured)
+        ("TCP_KEEPIDLE", 1),
+        ("TCP_KEEPALIVE", 1),  # macOS's name for the same, in seconds
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", 3),
+    )
+    for name, value in wanted:
+        option = getattr(socket, name, None)
+        if option is not None:
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -1,0 +1,109 @@
+"""The coordinator's hold on one worker: a stream of messages, whether it leads to a child process or through TLS to another machine."""
+
+import asyncio
+import os
+import sys
+from dataclasses import dataclass
+
+from yoke.core.errors import NodeGone, YokeError
+from yoke.core.node import NodeId
+from yoke.node import messages as say
+
+PIPE_BYTES = 1 << 20
+END_S = 5.0
+
+
+class WorkerProcess:
+    """A worker in a child process. When its control stream closes, it ends by itself."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        if process.stdin is None or process.stdout is None:
+            raise NodeGone("the worker was started without pipes")
+        self.process = process
+        self.reader, self.writer = process.stdout, process.stdin
+
+    @classmethod
+    async def spawn(cls) -> "WorkerProcess":
+        """Start a worker with this interpreter."""
+        environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a debugger's dump helps nobody who runs a model
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "yoke.node.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=PIPE_BYTES,
+            env=environment,
+        )
+        return cls(process)
+
+    async def end(self) -> None:
+        """Close the stream, and kill what does not end by itself."""
+        self.writer.close()
+        try:
+            async with asyncio.timeout(END_S):
+                await self.process.wait()
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+
+
+@dataclass(slots=True)
+class WorkerLink:
+    """One worker as the coordinator sees it. ``host`` is where the others reach its data plane."""
+
+    id: NodeId
+    name: str
+    host: str
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    ready: say.Ready
+
+    async def send(self, message: say.ToWorker) -> None:
+        """Say something; waits while the other end is slow.
+
+        Raises
+        ------
+        NodeGone
+            if the stream is closed.
+        """
+        try:
+            self.writer.write(say.encode(message))
+            await self.writer.drain()
+        except (OSError, RuntimeError) as error:
+            raise NodeGone(f"{self.name} is gone: {error}") from error
+
+    async def receive(self) -> say.FromWorker:
+        """The next message.
+
+        Raises
+        ------
+        NodeGone
+            if the stream ended.
+        RemoteProtocolError
+            if what came is no message.
+        """
+        return say.decode_from_worker(await say.read_body_async(self.reader))
+
+
+async def introduce(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, start: say.Start | None) -> say.Ready:
+    """Start a worker's conversation: send ``start``, unless its own node process has done so, and wait for its introduction.
+
+    Raises
+    ------
+    YokeError
+        what the worker says, if it cannot start.
+    NodeGone
+        if it ends instead, or says something else.
+    """
+    if start is not None:
+        writer.write(say.encode(start))
+        await writer.drain()
+    match say.decode_from_worker(await say.read_body_async(reader)):
+        case say.Ready() as ready:
+            return ready
+        case say.Failed(error=note):
+            failure: YokeError = say.noted_error(note)
+            raise failure
+        case other:
+            raise NodeGone(f"a worker's first word was {type(other).__name__}; expected Ready")

@@ -1,0 +1,303 @@
+"""The control plane's vocabulary: what a node process, its worker and the coordinator say to each other, and how it lies on a stream.
+
+A worker does not know whether its coordinator is in the next process or on another machine: a member's node process relays. Every message is a length (4 bytes,
+little-endian) and that many bytes of MessagePack, checked against these types.
+"""
+
+import asyncio
+import struct
+from typing import BinaryIO, TypeVar
+
+import msgspec
+
+from yoke.backends.ops import CacheType
+from yoke.core import errors
+from yoke.core.errors import InvariantError, NodeGone, PlacementError, RemoteProtocolError, RequestError, YokeError
+from yoke.core.node import Device, NodeId
+from yoke.core.plan import Plan
+from yoke.core.request import Event, Finished, Piece, Request, StageTimes, Started
+from yoke.core.tensor import TensorInfo
+from yoke.net.group import WireType
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+PART_BYTES = 4 * 1024 * 1024
+"""Weights travel in parts of this size, so that a status request never waits long behind them."""
+
+MessageT = TypeVar("MessageT")
+_LENGTH = struct.Struct("<I")
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker, first: who it is and what it may use. ``threads`` 0 means all cores, ``device`` empty means the fastest."""
+
+    state_dir: str
+    name: str
+    host: str
+    backend: str = "ggml"
+    library: str = ""
+    device: str = ""
+    threads: int = 0
+    spin_s: float = 0.0
+    memory_share: float = 0.8
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: its key, where its data plane listens, and what its machine offers. ``device`` is the one that it will use."""
+
+    id: NodeId
+    name: str
+    certificate: bytes
+    port: int
+    device: Device
+    devices: tuple[Device, ...]
+    backend_version: str
+    yoke_version: str
+
+
+class Peer(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a member's worker is reached, and the certificate that it must show."""
+
+    id: NodeId
+    certificate: bytes
+    host: str
+    port: int
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker: the plan and its place in it. ``model_path`` is None where the weights must be asked for with `Fetch`."""
+
+    plan: Plan
+    stage: int
+    rank: int
+    nonce: bytes
+    peers: tuple[Peer, ...]
+    n_cells: int
+    chunk: int
+    max_sessions: int
+    context: int
+    cache_type: CacheType
+    wire_type: WireType
+    model_path: str | None = None
+    chat_template: str | None = None
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: bytes of weights loaded so far, and in all."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: its shard is loaded and all its channels stand."""
+
+    has_chat_template: bool = False
+
+
+class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker without the file: a slice of a tensor, please; answered with `Part` messages."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker: the next bytes of the slice that it asked for. ``info`` describes the whole slice."""
+
+    info: TensorInfo
+    data: bytes
+    is_last: bool
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To the engine's worker: answer this."""
+
+    request: Request
+
+
+class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To the engine's worker: nobody waits for that answer any more."""
+
+    id: str
+
+
+class PeerGone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To the engine's worker: a node of the plan is gone."""
+
+    message: str
+
+
+class AskStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker: how are you?"""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: its times, and in the engine's worker the sessions that run and wait, and the cells that are free."""
+
+    times: StageTimes | None = None
+    running: int = 0
+    queued: int = 0
+    free_cells: int = 0
+
+
+class ErrorNote(msgspec.Struct, frozen=True, kw_only=True):
+    """An error on its way to whom it concerns: the class's name and its parts."""
+
+    kind: str
+    message: str
+    field: str | None = None
+    status: int = 400
+    missing_bytes: int = 0
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """From the engine's worker: one event of an answer; exactly one of the four is there."""
+
+    id: str
+    started: Started | None = None
+    piece: Piece | None = None
+    finished: Finished | None = None
+    error: ErrorNote | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: it cannot go on."""
+
+    error: ErrorNote
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a member: the coordinator will not have it, and why."""
+
+    error: ErrorNote
+
+
+ToWorker = Start | Load | Part | Submit | CancelRequest | PeerGone | AskStatus | Refused
+FromWorker = Ready | Progress | Loaded | Fetch | Status | Answer | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: "msgspec.msgpack.Decoder[ToWorker]" = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: "msgspec.msgpack.Decoder[FromWorker]" = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """A message with its length in front.
+
+    Raises
+    ------
+    InvariantError
+        if it is longer than `MAX_MESSAGE_BYTES`.
+    """
+    body = _encoder.encode(message)
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise InvariantError(f"a {type(message).__name__} of {len(body)} bytes; a message has at most {MAX_MESSAGE_BYTES}")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_to_worker(body: bytes) -> ToWorker:
+    """Read a message for a worker.
+
+    Raises
+    ------
+    RemoteProtocolError
+        if the bytes are no such message.
+    """
+    return _decode(_to_worker, body)
+
+
+def decode_from_worker(body: bytes) -> FromWorker:
+    """Read a message from a worker.
+
+    Raises
+    ------
+    RemoteProtocolError
+        if the bytes are no such message.
+    """
+    return _decode(_from_worker, body)
+
+
+def _decode(decoder: "msgspec.msgpack.Decoder[MessageT]", body: bytes) -> MessageT:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, YokeError, RecursionError) as error:
+        raise RemoteProtocolError(f"a control message of {len(body)} bytes cannot be read: {error}") from error
+
+
+def read_body(stream: BinaryIO) -> bytes | None:
+    """The next message's bytes from a blocking stream; None at its end.
+
+    Raises
+    ------
+    RemoteProtocolError
+        if the message is too long, or the stream ends inside it.
+    """
+    head = stream.read(_LENGTH.size)
+    if not head:
+        return None
+    body = stream.read(_checked_length(head))
+    if len(body) != _LENGTH.unpack(head)[0]:
+        raise RemoteProtocolError("the control stream ended inside a message")
+    return body
+
+
+async def read_body_async(stream: asyncio.StreamReader) -> bytes:
+    """The next message's bytes.
+
+    Raises
+    ------
+    NodeGone
+        if the stream ended.
+    RemoteProtocolError
+        if the message is too long.
+    """
+    try:
+        head = await stream.readexactly(_LENGTH.size)
+        return await stream.readexactly(_checked_length(head))
+    except (asyncio.IncompleteReadError, OSError) as error:
+        raise NodeGone(f"the control connection ended: {error}") from error
+
+
+def _checked_length(head: bytes) -> int:
+    if len(head) != _LENGTH.size:
+        raise RemoteProtocolError("the control stream ended inside a message")
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_MESSAGE_BYTES:
+        raise RemoteProtocolError(f"a control message claims {length} bytes; expected at most {MAX_MESSAGE_BYTES}")
+    return int(length)
+
+
+def event_answer(request_id: str, event: Event | YokeError) -> Answer:
+    """An event on its way to the asker."""
+    match event:
+        case Started():
+            return Answer(id=request_id, started=event)
+        case Piece():
+            return Answer(id=request_id, piece=event)
+        case Finished():
+            return Answer(id=request_id, finished=event)
+        case YokeError():
+            return Answer(id=request_id, error=error_note(event))
+
+
+def error_note(error: YokeError) -> ErrorNote:
+    """An error as a value."""
+    return ErrorNote(
+        kind=type(error).__name__,
+        message=str(error),
+        field=error.field if isinstance(error, RequestError) else None,
+        status=error.http_status,
+        missing_bytes=error.missing_bytes if isinstance(error, PlacementError) else 0,
+    )
+
+
+def noted_error(note: ErrorNote) -> YokeError:
+    """The error that a note was made of; an unknown kind becomes the root of the tree."""
+    kind = getattr(errors, note.kind, YokeError)
+    if kind is RequestError:
+        return RequestError(note.message, field=note.field, status=note.status)
+    if kind is PlacementError:
+        return PlacementError(note.message, missing_bytes=note.missing_bytes)
+    if not (isinstance(kind, type) and issubclass(kind, YokeError)):
+        kind = YokeError
+    return kind(note.message)

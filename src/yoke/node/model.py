@@ -1,0 +1,59 @@
+"""The model that a cluster serves: its file, its spec, and slices of it for members that do not have it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from yoke.core.errors import ModelError
+from yoke.core.spec import ModelSpec
+from yoke.models.families import model_spec
+from yoke.node.messages import PART_BYTES, Fetch, Part
+from yoke.weights.gguf import GgufFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """An open model file. ``created_at`` is its modification time, in seconds since the epoch."""
+
+    path: Path
+    spec: ModelSpec
+    file: GgufFile
+    created_at: int
+
+    @classmethod
+    def open(cls, path: Path, name: str | None = None) -> Self:
+        """Open a GGUF file; its name without the ending becomes the model's, unless another is given.
+
+        Raises
+        ------
+        ModelError
+            if there is no such file, it is broken, or its architecture is not known.
+        """
+        if path.is_dir():
+            raise ModelError(f"{path} is a directory; expected a GGUF file. Convert a Hugging Face directory with: yoke convert {path} model.gguf")
+        if not path.exists():
+            raise ModelError(f"{path} does not exist; expected a GGUF file")
+        file = GgufFile.open(path)
+        try:
+            spec = model_spec(name or path.stem, file.metadata, file.tensors)
+        except BaseException:
+            file.close()
+            raise
+        return cls(path=path.resolve(), spec=spec, file=file, created_at=int(path.stat().st_mtime))
+
+    async def parts(self, fetch: Fetch) -> AsyncIterator[Part]:
+        """A slice in parts of at most `PART_BYTES`.
+
+        Raises
+        ------
+        ModelError
+            if there is no such tensor or slice.
+        """
+        tensor = await asyncio.to_thread(self.file.read, fetch.name, fetch.rows, fetch.columns)
+        view = memoryview(tensor.data)
+        for start in range(0, len(view), PART_BYTES):
+            stop = min(len(view), start + PART_BYTES)
+            yield Part(info=tensor.info, data=bytes(view[start:stop]), is_last=stop == len(view))
+        self.file.release(fetch.name)
