@@ -64,7 +64,8 @@ class ReferenceOps:
 
     def swiglu(self, gate: Floats, up: Floats) -> Floats:
         """Gated linear unit with SiLU."""
-        return np.asarray(gate / (1.0 + np.exp(-gate)) * up, dtype=np.float32)
+        with np.errstate(over="ignore"):  # gates below -88: exp is infinite, and the result zero, as it should be
+            return np.asarray(gate / (1.0 + np.exp(-gate)) * up, dtype=np.float32)
 
     def heads(self, x_TA: Floats, n_heads: int) -> Floats:
         """A view by heads."""

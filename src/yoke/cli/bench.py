@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.table import Table
 
 from yoke.cli import options
@@ -64,21 +65,25 @@ def bench(
 
 async def _bench(path: Path, settings: Settings, layout: Layout, work: Workload, as_json: bool) -> None:
     async with loaded_cluster(path, settings, layout, is_shown=not as_json) as cluster:
-        await _round(cluster, work)
-        before = (await cluster.status()).stages
-        rounds = [await _round(cluster, work) for _ in range(work.runs)]
-        after = (await cluster.status()).stages
-    result = {
-        "model": path.stem,
+        result = {"model": path.stem, **await measure(cluster, work)}
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        _print(result)
+
+
+async def measure(cluster: Coordinator, work: Workload) -> dict[str, object]:
+    """Run a workload: medians of its speeds, and what each worker did meanwhile. The fields of ``yoke bench --json``, documented in docs/cli.md."""
+    await _round(cluster, work)
+    before = (await cluster.status()).stages
+    rounds = [await _round(cluster, work) for _ in range(work.runs)]
+    after = (await cluster.status()).stages
+    return {
         **asdict(work),
         "prefill_tokens_per_s": statistics.median(prefill for prefill, _ in rounds),
         "decode_tokens_per_s": statistics.median(decode for _, decode in rounds),
         "stages": [_difference(old, new) for old, new in zip(before, after, strict=True)],
     }
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        _print(result)
 
 
 async def _round(cluster: Coordinator, work: Workload) -> tuple[float, float]:
@@ -113,10 +118,10 @@ def _print(result: dict[str, object]) -> None:
         f"{result['decode_tokens']} tokens written at {result['decode_tokens_per_s']:.1f} tokens/s, {result['sessions']} session(s), median of {result['runs']}",
         highlight=False,
     )
-    table = Table(title="where the time went", title_justify="left")
+    table = Table(title="where the time went, in seconds", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = ("stage", "rank", "node", "steps", "tokens", "compute_s", "collective_s", "wire_s", "waiting_s")
     for name in names:
-        table.add_column(name.replace("_s", " s"), justify="right")
+        table.add_column(name.removesuffix("_s"), justify="right")
     stages = result["stages"]
     if isinstance(stages, Sequence):
         for stage in stages:

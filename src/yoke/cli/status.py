@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from yoke.cli import options
@@ -39,17 +40,22 @@ def status(
 
 def _tables(status: dict[str, Any]) -> Iterator[Table]:
     """Nodes, and where each worker's time went."""
-    nodes = Table(title=f"{len(status['nodes'])} node(s), {status['running']} session(s) running, {status['queued']} waiting", title_justify="left")
+    nodes = Table(
+        title=f"{len(status['nodes'])} node(s), {status['running']} session(s) running, {status['queued']} waiting",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for name in ("node", "device", "offers", "streams"):
         nodes.add_column(name)
     for node in status["nodes"]:
         nodes.add_row(node["name"], node["device"], size(node["free_bytes"]), f"{size(node['matvec_bytes_per_s'])}/s")
     yield nodes
-    times = Table(title="where the time went", title_justify="left")
-    for name in ("stage", "rank", "node", "blocks", "steps", "tokens", "compute s", "collective s", "wire s", "waiting s"):
+    times = Table(title="where the time went", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("stage", "rank", "node", "blocks", "steps", "tokens", "compute", "sums", "wire", "waiting"):
         times.add_column(name, justify="right")
     for stage in status["stages"]:
-        spent = [f"{stage[name]:.2f}" for name in ("compute_s", "collective_s", "wire_s", "waiting_s")]
+        spent = [f"{stage[name]:.1f} s" for name in ("compute_s", "collective_s", "wire_s", "waiting_s")]
         start, stop = stage["blocks"]
         times.add_row(str(stage["stage"]), str(stage["rank"]), stage["node"], f"{start}..{stop - 1}", str(stage["steps"]), str(stage["tokens"]), *spent)
     yield times

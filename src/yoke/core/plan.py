@@ -109,11 +109,15 @@ class Plan:
         return Span(*self.spec.kv_heads_of(shard.heads.start, shard.heads.stop))
 
     def shard_bytes(self, stage_index: int, rank: int) -> int:
-        """Bytes of weights that one rank loads; sizes of partial tensors are in proportion to the share, norms are rounded in."""
+        """Bytes of weights that one rank loads; sizes of partial tensors are in proportion to the share, norms are rounded in.
+
+        Of attention's four matrices two follow the query heads, and two the key/value heads, of which ranks that share one hold a copy each.
+        """
         spec, stage = self.spec, self.stages[stage_index]
         shard = stage.shards[rank]
         blocks = slice(stage.blocks.start, stage.blocks.stop)
-        total = sum(spec.attention_bytes[blocks]) * len(shard.heads) // spec.n_heads
+        n_held = len(shard.heads) + len(self.kv_heads(shard))
+        total = sum(spec.attention_bytes[blocks]) * n_held // (spec.n_heads + spec.n_kv_heads)
         total += sum(spec.feed_forward_bytes[blocks]) * len(shard.columns) // spec.columns
         total += spec.head_bytes * len(shard.vocabulary) // spec.vocabulary
         return total + (spec.embedding_bytes if (stage_index, rank) == (0, 0) else 0)

@@ -3,7 +3,6 @@
 Also here: :class:`Cluster`, the whole pool seen as one machine, which is all that ``api`` and ``cli`` know.
 """
 
-import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,8 +39,9 @@ class Sampling:
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise RequestError(f"{name} is {value}; expected a number from {low} to {high}", field=name)
+    if not low <= value <= high:  # false for nan too, and exact for whole numbers that no float holds
+        shown = "a huge number" if isinstance(value, int) and value.bit_length() > 64 else value
+        raise RequestError(f"{name} is {shown}; expected a number from {low} to {high}", field=name)
 
 
 class Role(StrEnum):

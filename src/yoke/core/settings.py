@@ -24,6 +24,11 @@ class Setting:
     choices: tuple[str, ...] = ()
 
     @property
+    def kind(self) -> str:
+        """What its value is, in a word: that of the default."""
+        return {str: "text", int: "integer", float: "number"}[type(self.default)]
+
+    @property
     def flag(self) -> str:
         """On the command line."""
         return "--" + self.name.replace("_", "-")
@@ -62,7 +67,7 @@ class Settings:
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="context", default=0, unit="tokens", help="room for one session: prompt and answer; 0 is the model's own, up to 8192", least=0, most=1 << 24),
     Setting(name="cells", default=0, unit="tokens", help="cache for all sessions together; 0 is four contexts, up to 16384", least=0, most=1 << 24),
-    Setting(name="chunk", default=512, unit="tokens", help="prompt tokens computed in one step", least=1, most=4096),
+    Setting(name="chunk", default=256, unit="tokens", help="prompt tokens computed in one step", least=1, most=4096),
     Setting(name="max_sessions", default=64, unit="sessions", help="sessions computed at once; more wait", least=1, most=1024),
     Setting(name="backend", default="ggml", unit="", help="what computes", choices=("ggml", "reference")),
     Setting(name="library", default="", unit="directory", help="where ggml's shared libraries lie; empty is the ones that llama-cpp-python installed"),
@@ -113,7 +118,7 @@ def resolve(flags: Mapping[str, object | None], environ: Mapping[str, str], file
 def _checked(setting: Setting, source: str, found: object) -> str | int | float:
     kind: Callable[[Any], str | int | float] = type(setting.default)
     try:
-        if isinstance(found, bool) or (isinstance(found, float) and kind is int and found != int(found)):
+        if isinstance(found, bool) or not isinstance(found, str | int | float) or (isinstance(found, float) and kind is int and found != int(found)):
             raise ValueError
         value = kind(found)
         if not isinstance(value, str) and not setting.least <= value <= setting.most:
@@ -131,16 +136,23 @@ def _expected(setting: Setting) -> str:
     if isinstance(setting.default, str):
         return "a text"
     kind = "a whole number" if isinstance(setting.default, int) else "a number"
-    return f"{kind} from {setting.least:g} to {setting.most:g}"
+    return f"{kind} from {setting.least} to {setting.most}"
 
 
 def settings_markdown() -> str:
     """The text of docs/settings.md."""
-    lines = ["# Settings", "", (__doc__ or "").split("\n\n")[1].strip().replace("\n", " "), "", "| name | flag | environment | default | unit | what it does |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = [
+        "# Settings",
+        "",
+        "Made from the table in `src/yoke/core/settings.py`: change it there. Precedence: flag, then environment, then `yoke.yaml`, then default.",
+        "",
+        "| name | type | flag | environment | default | unit | what it does |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for s in SETTINGS:
         text = s.help + (f" ({', '.join(s.choices)})" if s.choices else "")
-        lines.append(f"| {s.name} | `{s.flag}` | `{s.variable}` | {s.default if s.default != '' else '(empty)'} | {s.unit} | {text} |")
+        default = s.default if s.default != "" else "(empty)"
+        lines.append(f"| {s.name} | {s.kind} | `{s.flag}` | `{s.variable}` | {default} | {s.unit} | {text} |")
     return "\n".join(lines) + "\n"
 
 

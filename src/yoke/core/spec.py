@@ -1,5 +1,6 @@
 """What a model is: everything about an architecture that planning, loading and running need, and nothing about machines."""
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -30,8 +31,8 @@ class Rope:
     def __post_init__(self) -> None:
         if self.dims <= 0 or self.dims % 2:
             raise ModelError(f"rotary embedding turns {self.dims} dims; expected a positive even number")
-        if not (self.base > 0 and self.scale > 0):
-            raise ModelError(f"rotary base {self.base} and scale {self.scale} must be positive")
+        if not (0 < self.base < math.inf and 0 < self.scale < math.inf):
+            raise ModelError(f"rotary base {self.base} and scale {self.scale} must be positive and finite")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,10 @@ class ModelSpec:
         for name in ("n_blocks", "width", "n_heads", "n_kv_heads", "head_dim", "columns", "vocabulary", "context", "head_block", "column_block"):
             if getattr(self, name) <= 0:
                 raise ModelError(f"{self.name}: {name} is {getattr(self, name)}; expected a positive number")
+        if not 0 <= self.norm_epsilon < math.inf:
+            raise ModelError(f"{self.name}: norm_epsilon is {self.norm_epsilon}; expected a number of at least 0")
+        if self.window is not None and self.window < 1:
+            raise ModelError(f"{self.name}: the attention window is {self.window} tokens; expected at least 1")
         if self.n_heads % self.n_kv_heads:
             raise ModelError(f"{self.name}: {self.n_heads} heads cannot share {self.n_kv_heads} key/value heads evenly")
         if self.rope.dims > self.head_dim:

@@ -51,6 +51,8 @@ def model_spec(name: str, metadata: Mapping[str, object], tensors: Mapping[str, 
     if keys.number("attention.value_length", int, head_dim) != head_dim:
         raise ModelError(f"{name}: keys and values have different sizes; expected both to be {head_dim}")
     n_blocks = keys.number("block_count", int)
+    if n_blocks > len(tensors):  # before anything is made for each block: the number is the file's
+        raise ModelError(f"{name}: {n_blocks} blocks are announced, but there are {len(tensors)} tensors; the file is incomplete or broken")
     spec = ModelSpec(
         name=name,
         architecture=architecture,

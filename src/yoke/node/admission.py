@@ -20,6 +20,8 @@ MAX_STREAM_BYTES = 1 << 20
 _ACCEPTED, _REFUSED = b"\x06", b"\x15"
 _PROOF = struct.Struct(f"<{SECRET_BYTES}s32s64sH")  # secret, public key, signature, length of the certificate that follows
 _CONTEXT = b"yoke admission 1"
+_UNANSWERED = (TimeoutError, asyncio.IncompleteReadError, OSError, RemoteProtocolError, UnicodeError)
+"""What it looks like when nobody fit to talk to is there; UnicodeError is a host's name that no resolver can ask for."""
 
 
 def prove(identity: Identity, coordinator: NodeId, nonce: bytes, secret: bytes) -> bytes:
@@ -83,6 +85,7 @@ async def knock(invite: Invite, identity: Identity) -> tuple[asyncio.StreamReade
     AdmissionError
         if another node answers, or the coordinator refuses.
     """
+    writer: asyncio.StreamWriter | None = None
     try:
         async with asyncio.timeout(ADMISSION_S):
             connection = asyncio.open_connection(invite.host, invite.port, ssl=joining_client_context(), limit=MAX_STREAM_BYTES)
@@ -95,6 +98,10 @@ async def knock(invite: Invite, identity: Identity) -> tuple[asyncio.StreamReade
             writer.write(prove(identity, invite.node_id, await reader.readexactly(NONCE_BYTES), invite.secret))
             if await reader.readexactly(1) != _ACCEPTED:
                 raise AdmissionError("the coordinator refused: the invite is not valid (any more); ask for a new one")
-    except (TimeoutError, asyncio.IncompleteReadError, OSError, RemoteProtocolError) as error:
+    except BaseException as error:
+        if writer is not None:
+            writer.close()
+        if not isinstance(error, _UNANSWERED):
+            raise
         raise NodeGone(f"no answer from the coordinator at {invite.host} port {invite.port}: {error or 'timed out'}; is it running, and reachable?") from error
     return reader, writer

@@ -1,5 +1,6 @@
 """Settings from where they may stand: flags, environment, a file named yoke.yaml in the working directory. Read once, at the start."""
 
+import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from yoke.core.settings import Settings, resolve
 
 FILE_NAME = "yoke.yaml"
 MAX_FILE_BYTES = 1 << 20
+
+_COMMENT = re.compile(r"(^|\s)#.*")
+"""As in YAML, a ``#`` begins a comment only at the start of a line or after a space: a key may hold one."""
 
 
 def read_settings(flags: Mapping[str, object | None], environ: Mapping[str, str], directory: Path | None = None) -> Settings:
@@ -46,12 +50,12 @@ def _read_file(path: Path) -> Mapping[str, object]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise SettingError(f"{path} has more than {MAX_FILE_BYTES} bytes; expected a few lines of name: value")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} cannot be read: {error}") from error
     entries: dict[str, object] = {}
     for number, line in enumerate(lines, 1):
-        text = line.split("#", 1)[0].strip()
+        text = _COMMENT.sub("", line).strip()
         if not text:
             continue
         name, colon, value = text.partition(":")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from yoke.core.errors import NodeGone, RemoteProtocolError
-from yoke.core.tensor import StoredTensor
+from yoke.core.tensor import StoredTensor, TensorInfo
 from yoke.models.shards import Cut
 from yoke.node.messages import Fetch, Part
 from yoke.weights.gguf import GgufFile
@@ -57,6 +57,8 @@ class CoordinatorSource:
         self._ask(Fetch(name=cut.name, rows=cut.rows, columns=cut.columns))
         part = self._next(cut)
         info = part.info
+        if not _is_of(info, cut):
+            raise RemoteProtocolError(f"the coordinator offers {info.name!r} of shape {info.shape} for {cut.name!r}, rows {cut.rows}, columns {cut.columns}")
         if info.n_bytes > MAX_SLICE_BYTES:
             raise RemoteProtocolError(f"the coordinator offers {info.n_bytes} bytes for {cut.name!r}; expected at most {MAX_SLICE_BYTES}")
         data = bytearray(info.n_bytes)
@@ -81,6 +83,12 @@ class CoordinatorSource:
         if part is None:
             raise NodeGone(f"the coordinator was gone before {cut.name!r} had arrived")
         return part
+
+
+def _is_of(info: TensorInfo, cut: Cut) -> bool:
+    """Whether a slice has the name and the sizes that were asked for."""
+    sizes = ((info.shape[0], cut.rows), (info.shape[-1], cut.columns))
+    return info.name == cut.name and all(span is None or size == span[1] - span[0] for size, span in sizes)
 
 
 def stream_weights(source: Source, cuts: Iterable[Cut], report: Callable[[int], None]) -> Iterator[StoredTensor]:

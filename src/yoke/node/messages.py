@@ -220,7 +220,7 @@ def decode_from_worker(body: bytes) -> FromWorker:
 def _decode(decoder: "msgspec.msgpack.Decoder[MessageT]", body: bytes) -> MessageT:
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, YokeError, RecursionError) as error:
+    except (msgspec.DecodeError, YokeError, RecursionError, OverflowError, UnicodeDecodeError) as error:
         raise RemoteProtocolError(f"a control message of {len(body)} bytes cannot be read: {error}") from error
 
 

@@ -1,57 +1,59 @@
-"""From a grouping of nodes into stages to a whole plan: blocks by stage, heads, columns and vocabulary by rank."""
+"""From a grouping of nodes into stages to a whole plan: blocks by stage, heads, columns and vocabulary by rank. Knows weights, not what they stand for."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from yoke.core.errors import PlacementError
 from yoke.core.node import NodeId
 from yoke.core.plan import Plan, Shard, Span, Stage
 from yoke.core.spec import ModelSpec
-from yoke.planner.shares import ROW_MULTIPLE, cut_columns, cut_evenly, cut_exactly, cut_heads
+from yoke.planner.shares import cut_columns, cut_evenly, cut_heads, cut_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A node's place in a layout: its device, and the speed that its share is in proportion to."""
+    """A node's place in a layout: its device, and the weight that its share is in proportion to, within its stage and across stages."""
 
     node: NodeId
     device: str
-    speed: float
+    weight: float
 
 
 Layout = tuple[tuple[Seat, ...], ...]
 """Stages of ranks."""
 
-
-def build_plan(spec: ModelSpec, layout: Layout, version: int, allowed: Callable[[int, int, int], bool] | None = None) -> Plan:
-    """The plan of a layout. ``allowed(stage, start, stop)`` may forbid blocks, for want of memory.
-
-    Raises
-    ------
-    PlacementError
-        if there are more stages than blocks, or no allowed cut.
-    """
-    if len(layout) > spec.n_blocks:
-        raise PlacementError(f"{len(layout)} stages are wished, but {spec.name} has {spec.n_blocks} blocks; a stage holds at least one")
-    speeds = [sum(seat.speed for seat in seats) for seats in layout]
-    blocks = _cut_blocks(spec, speeds, allowed)
-    last = len(layout) - 1
-    stages = tuple(Stage(blocks=span, shards=_shards(spec, seats, index == last)) for index, (span, seats) in enumerate(zip(blocks, layout, strict=True)))
-    return Plan(version=version, spec=spec, stages=stages)
+BlockCost = Callable[[int, int, int], float]
+"""What it costs that stage (first argument) holds blocks from (second) to before (third); infinite where it cannot, and then for more blocks neither."""
 
 
-def grid_plan(spec: ModelSpec, nodes: Sequence[NodeId], *, stages: int, ranks: int, shares: Sequence[float] | None = None, version: int = 1) -> Plan:
-    """A plan of ``stages`` x ``ranks`` over ``nodes`` in order, all on their device ``CPU``, with the same relative ``shares`` of ranks in every stage.
+def grid_plan(
+    spec: ModelSpec,
+    nodes: Sequence[NodeId],
+    *,
+    stages: int,
+    ranks: int,
+    shares: Sequence[float] | None = None,
+    devices: Sequence[str] | None = None,
+    version: int = 1,
+) -> Plan:
+    """A plan of ``stages`` x ``ranks`` over ``nodes`` in order, with the same relative ``shares`` of ranks in every stage, and no regard to speed or memory.
+
+    ``devices`` are the nodes' own; without them, each uses its ``CPU``.
 
     Raises
     ------
     PlacementError
-        if there are too few nodes, or too many stages.
+        if there are too few nodes, or more stages than blocks, or shares are not one a rank and one of them above 0.
     """
     check_grid(len(nodes), stages, ranks, shares)
+    names = devices if devices is not None else ["CPU"] * len(nodes)
     weights = tuple(shares) if shares is not None else (1.0,) * ranks
-    seats = [Seat(node, "CPU", weights[index % ranks]) for index, node in enumerate(nodes[: stages * ranks])]
-    return build_plan(spec, tuple(tuple(seats[stage * ranks : (stage + 1) * ranks]) for stage in range(stages)), version)
+    seats = [Seat(nodes[index], names[index], weights[index % ranks]) for index in range(stages * ranks)]
+    layout = tuple(tuple(seats[stage * ranks : (stage + 1) * ranks]) for stage in range(stages))
+    ideal = spec.n_blocks / stages
+    return build_plan(spec, layout, cut_ranks(spec, layout), version, lambda _, start, stop: (stop - start - ideal) ** 2)
 
 
 def check_grid(n_nodes: int, stages: int, ranks: int, shares: Sequence[float] | None) -> None:
@@ -62,43 +64,71 @@ def check_grid(n_nodes: int, stages: int, ranks: int, shares: Sequence[float] | 
     PlacementError
         saying what is missing.
     """
+    if stages < 1 or ranks < 1:
+        raise PlacementError(f"{stages} stages of {ranks} ranks; expected at least one of each")
     if n_nodes < stages * ranks:
         raise PlacementError(f"{stages} stages of {ranks} ranks take {stages * ranks} nodes; there are {n_nodes}")
     if shares is not None and len(shares) != ranks:
         raise PlacementError(f"{len(shares)} shares are given for {ranks} ranks; expected one each")
 
 
-def _cut_blocks(spec: ModelSpec, speeds: Sequence[float], allowed: Callable[[int, int, int], bool] | None) -> list[Span]:
-    """Blocks for each stage, in proportion to its speed: at least one each, and within memory."""
-    stage = iter(range(len(speeds)))
-    if allowed is None:
-        return cut_exactly(range(spec.n_blocks + 1), [max(speed, 1e-12) for speed in speeds], lambda start, stop: stop > start)
-    best: dict[int, tuple[float, list[Span]]] = {0: (0.0, [])}
-    whole = sum(speeds)
-    for speed in speeds:
-        index, ideal = next(stage), spec.n_blocks * speed / whole
-        reached: dict[int, tuple[float, list[Span]]] = {}
-        for start, (distance, spans) in best.items():
-            for stop in range(start + 1, spec.n_blocks + 1):
-                if not allowed(index, start, stop):
-                    continue
-                cost = distance + (stop - start - ideal) ** 2
-                if stop not in reached or cost < reached[stop][0]:
-                    reached[stop] = (cost, [*spans, Span(start, stop)])
+def cut_ranks(spec: ModelSpec, layout: Layout) -> list[tuple[Shard, ...]]:
+    """What each rank of each stage holds of every block of that stage; the output matrix is the last stage's.
+
+    Raises
+    ------
+    PlacementError
+        if all weights of a stage are 0.
+    """
+    return [_shards(spec, seats, index == len(layout) - 1) for index, seats in enumerate(layout)]
+
+
+def build_plan(spec: ModelSpec, layout: Layout, shards: Sequence[tuple[Shard, ...]], version: int, cost: BlockCost) -> Plan:
+    """The plan of a layout whose ranks were cut, with the blocks divided so that the sum of ``cost`` is least.
+
+    Raises
+    ------
+    PlacementError
+        if there are more stages than blocks, or every division costs infinitely much.
+    """
+    if len(layout) > spec.n_blocks:
+        raise PlacementError(f"{len(layout)} stages are wished, but {spec.name} has {spec.n_blocks} blocks; a stage holds at least one")
+    blocks = cut_blocks(spec.n_blocks, len(layout), cost)
+    return Plan(version=version, spec=spec, stages=tuple(Stage(blocks=span, shards=held) for span, held in zip(blocks, shards, strict=True)))
+
+
+def cut_blocks(n_blocks: int, n_stages: int, cost: BlockCost) -> list[Span]:
+    """At least one block for each stage, in order, so that the sum of ``cost`` is least: an exact dynamic programme over (stages placed, blocks given away).
+
+    Raises
+    ------
+    PlacementError
+        if every division costs infinitely much.
+    """
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for stage in range(n_stages):
+        still = n_stages - stage - 1  # each stage after this one needs a block
+        reached: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for start, (total, edges) in best.items():
+            for stop in range(start + 1, n_blocks - still + 1) if still else (n_blocks,):
+                own = cost(stage, start, stop)
+                if own == math.inf:
+                    break
+                if stop not in reached or total + own < reached[stop][0]:
+                    reached[stop] = (total + own, (*edges, stop))
         best = reached
-    if spec.n_blocks not in best:
-        raise PlacementError(f"no cut of {spec.n_blocks} blocks into {len(speeds)} stages fits their memory")
-    return best[spec.n_blocks][1]
+    if n_blocks not in best:
+        raise PlacementError(f"no division of {n_blocks} blocks into {n_stages} stages fits their memory")
+    edges = best[n_blocks][1]
+    return [Span(start, stop) for start, stop in pairwise(edges)]
 
 
 def _shards(spec: ModelSpec, seats: Sequence[Seat], is_last: bool) -> tuple[Shard, ...]:
-    speeds = [seat.speed for seat in seats]
-    if sum(speeds) <= 0:
-        raise PlacementError(f"the shares of a stage are {speeds}; expected at least one above 0")
-    heads = cut_heads(spec, speeds)
-    columns = cut_columns(spec.columns, spec.column_block, speeds)
-    vocabulary = cut_evenly(spec.vocabulary, ROW_MULTIPLE, speeds) if is_last else [Span(0, 0)] * len(seats)
-    experts = cut_evenly(spec.n_experts, 1, speeds)
+    weights = [seat.weight for seat in seats]
+    heads = cut_heads(spec, weights)
+    columns = cut_columns(spec.columns, spec.column_block, weights)
+    vocabulary = cut_rows(spec.vocabulary, weights) if is_last else [Span(0, 0)] * len(seats)
+    experts = cut_evenly(spec.n_experts, 1, weights)
     return tuple(
         Shard(node=seat.node, device=seat.device, heads=heads[i], columns=columns[i], vocabulary=vocabulary[i], experts=experts[i])
         for i, seat in enumerate(seats)

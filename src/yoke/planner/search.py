@@ -1,141 +1,155 @@
-"""Choosing a plan: which nodes, in which stages, with which shares.
+"""Choosing a plan: of the groupings of `planner.groupings`, the one with the least predicted time for a token that fits into memory.
 
-All ways to group up to `EXACT_NODES` nodes are tried. With more, nodes are ordered by speed and groupings into equal stages are tried over the fastest of them:
-good, not proven best. The first node is the coordinator: the engine runs there, so it is always stage 0, rank 0.
+The first node is the coordinator: the engine runs there, so it is always stage 0, rank 0. Within a stage, shares are in proportion to speed, or as near to that as
+memory allows. Across stages, blocks are in proportion to speed too, unless another division is faster by `BALANCE_MARGIN`.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 
 from yoke.core.errors import PlacementError
 from yoke.core.node import Link, Node, NodeId
 from yoke.core.plan import Plan
 from yoke.core.spec import ModelSpec
-from yoke.planner.cost import OVERHEAD_BYTES, Machine, Outlook, Wish, fits, model_bytes, node_bytes, seconds_per_token
-from yoke.planner.layout import Layout, Seat, build_plan, check_grid
+from yoke.planner import explain
+from yoke.planner.cost import HIDDEN_BYTES, Machine, Outlook, Wish, missing_bytes, needed_bytes, seconds_per_token, streamed_bytes, ways_s
+from yoke.planner.forecast import Forecast
+from yoke.planner.groupings import Grouping, forced_grouping, groupings
+from yoke.planner.layout import Layout, Seat, build_plan, cut_ranks
 
-EXACT_NODES = 6
+BALANCE_MARGIN = 0.05
+"""One stream is fastest when the fastest stage holds all that it can, several are when stages take equal time. Measured speeds of one machine differ by as much as
+this from run to run, so less is no reason to leave the balance."""
+
+FILL_LEVELS = (1.0, 0.95, 0.85)
+"""How much of a node's memory proportional shares may fill: whole heads and blocks take more than their proportion, and then need the rest."""
 
 
 def make_plan(spec: ModelSpec, nodes: Sequence[Node], links: Sequence[Link], wish: Wish) -> Outlook:
-    """The plan with the least predicted time per token that fits into memory.
+    """The plan with the least predicted time per token that fits into memory. The first of ``nodes`` is the coordinator.
 
-    Since the coordinator alone is among the plans tried, the choice is never slower than it by its own prediction, unless ``wish`` forces a layout.
+    Since the coordinator alone is among the plans tried, the choice is never slower than it by its own prediction, unless ``wish`` forces a layout or all nodes.
 
     Raises
     ------
     PlacementError
         if nothing fits, saying how many bytes are missing; or if the wished layout needs more nodes.
     """
+    if not nodes or len({node.id for node in nodes}) != len(nodes):
+        raise PlacementError(f"a plan is for {len(nodes)} nodes, {len({node.id for node in nodes})} of them different; expected at least one, each once")
     machine = Machine.of(nodes, links)
-    forced = wish.stages is not None or wish.ranks is not None
-    layouts = _forced_layouts(nodes, wish) if forced else _layouts(nodes, wish)
+    tried = [forced_grouping(nodes, wish)] if wish.is_forced else groupings(nodes, machine, wish.use_all)
     best: tuple[float, Plan] | None = None
-    for layout in layouts:
-        plan = _fitting_plan(spec, layout, machine, wish)
-        if plan is None:
+    at_least: dict[NodeId, float] = {}  # for each node, the least time of the plans that it is in
+    for grouping in tried:
+        if not _has_room(spec, grouping, machine, wish):
             continue
-        seconds = seconds_per_token(plan, machine)
+        seconds = _lower_bound_s(spec, grouping, machine)
         if best is None or seconds < best[0]:
-            best = (seconds, plan)
+            plan = _fitting_plan(spec, grouping, machine, wish)
+            if plan is None:
+                continue
+            seconds = seconds_per_token(plan, machine)
+            if best is None or seconds < best[0]:
+                best = (seconds, plan)
+        for node in (node for stage in grouping for node in stage):
+            at_least[node.id] = min(seconds, at_least.get(node.id, seconds))
     if best is None:
-        raise _nothing_fits(spec, nodes, wish)
-    return _outlook(best[1], best[0], nodes, machine, wish)
+        raise _nothing_fits(spec, nodes, machine, wish)
+    return explain.outlook(best[1], best[0], machine, wish, at_least)
 
 
-def _fitting_plan(spec: ModelSpec, layout: Layout, machine: Machine, wish: Wish) -> Plan | None:
-    """The plan in proportion to speed if it fits, else the nearest one in proportion to memory."""
-    by_memory = tuple(
-        tuple(Seat(s.node, s.device, max(1.0, float(machine.nodes[s.node].device.free_bytes - OVERHEAD_BYTES))) for s in seats) for seats in layout
-    )
-    for candidate in (layout, by_memory) if wish.shares is None else (layout,):
+def _has_room(spec: ModelSpec, grouping: Grouping, machine: Machine, wish: Wish) -> bool:
+    return needed_bytes(spec, wish) <= sum(machine.room(node.id) for stage in grouping for node in stage)
+
+
+def _lower_bound_s(spec: ModelSpec, grouping: Grouping, machine: Machine) -> float:
+    """No plan of this grouping takes less: all weights at the speed of the fastest stage, and the way between stages."""
+    fastest = max(sum(node.device.matvec_bytes_per_s for node in stage) for stage in grouping)
+    rounded_off = 3 * sum(len(stage) for stage in grouping)  # bytes: each rank's parts of attention, feed-forward and output matrix are rounded down
+    exchange_s = min(machine.exchange_s([node.id for node in stage], HIDDEN_BYTES * spec.width) for stage in grouping)
+    ways = ways_s([stage[0].id for stage in grouping], spec, machine)
+    return (streamed_bytes(spec) - rounded_off) / fastest + 2 * spec.n_blocks * exchange_s + ways
+
+
+def _fitting_plan(spec: ModelSpec, grouping: Grouping, machine: Machine, wish: Wish) -> Plan | None:
+    """The plan in proportion to speed if it fits, else the nearest one that does."""
+    for layout in _layouts(spec, grouping, machine, wish):
         try:
-            plan = build_plan(spec, candidate, wish.version)
+            return _divided(spec, layout, machine, wish)
         except PlacementError:
             continue
-        if fits(plan, machine, wish):
-            return plan
     return None
 
 
-def _forced_layouts(nodes: Sequence[Node], wish: Wish) -> Iterator[Layout]:
-    stages = wish.stages if wish.stages is not None else max(1, len(nodes) // (wish.ranks or 1))
-    ranks = wish.ranks if wish.ranks is not None else max(1, len(nodes) // stages)
-    check_grid(len(nodes), stages, ranks, wish.shares)
-    seats = [_seat(node) for node in nodes[: stages * ranks]]
+def _divided(spec: ModelSpec, layout: Layout, machine: Machine, wish: Wish) -> Plan:
+    shards = cut_ranks(spec, layout)
+    forecast = Forecast(spec, shards, layout, machine, wish)
+    even = build_plan(spec, layout, shards, wish.version, forecast.imbalance)
+    if len(layout) == 1 or wish.is_forced or wish.use_all:
+        return even
+    quick = build_plan(spec, layout, shards, wish.version, forecast.seconds)
+    is_worth_it = seconds_per_token(quick, machine) < (1 - BALANCE_MARGIN) * seconds_per_token(even, machine)
+    return quick if is_worth_it else even
+
+
+def _layouts(spec: ModelSpec, grouping: Grouping, machine: Machine, wish: Wish) -> Iterator[Layout]:
+    """The grouping with weights: speeds; or speeds, as far as memory allows; at last memory."""
+    speeds = [[machine.speed(node.id) for node in stage] for stage in grouping]
     if wish.shares is not None:
-        seats = [Seat(seat.node, seat.device, wish.shares[index % ranks]) for index, seat in enumerate(seats)]
-    yield tuple(tuple(seats[stage * ranks : (stage + 1) * ranks]) for stage in range(stages))
+        shares = [share / sum(wish.shares) for share in wish.shares]
+        paces = [min(speed / share for speed, share in zip(stage, shares, strict=True) if share > 0) for stage in speeds]
+        yield _seated(grouping, [[pace * share for share in shares] for pace in paces])
+        return
+    yield _seated(grouping, speeds)
+    rooms = [[float(machine.room(node.id)) for node in stage] for stage in grouping]
+    rooms[0][0] = max(0.0, rooms[0][0] - spec.embedding_bytes)
+    needed = float(needed_bytes(spec, wish) - spec.embedding_bytes)
+    for level in FILL_LEVELS:
+        yield _seated(grouping, _filled(speeds, [[room * level for room in stage] for stage in rooms], needed))
+    yield _seated(grouping, rooms)
 
 
-def _layouts(nodes: Sequence[Node], wish: Wish) -> Iterator[Layout]:
-    """Every grouping that is tried, the coordinator alone first."""
-    first, others = nodes[0], sorted(nodes[1:], key=lambda node: -node.device.matvec_bytes_per_s)
-    sizes = [len(nodes)] if wish.use_all else range(1, len(nodes) + 1)
-    for size in sizes:
-        chosen = combinations(others, size - 1) if len(nodes) <= EXACT_NODES else iter([tuple(others[: size - 1])])
-        for rest in chosen:
-            seats = [_seat(node) for node in (first, *rest)]
-            for parts in _compositions(size) if size <= EXACT_NODES else _equal_parts(size):
-                yield _grouped(seats, parts)
+def _filled(speeds: list[list[float]], rooms: list[list[float]], needed: float) -> list[list[float]]:
+    """What each rank takes of ``needed`` bytes: in proportion to its speed, but no more than its room; what that leaves, the others take, in proportion again."""
+    left, speed_left = needed, sum(map(sum, speeds))
+    places = [(room / speed, s, r) for s, stage in enumerate(rooms) for r, (room, speed) in enumerate(zip(stage, speeds[s], strict=True))]
+    weights = [[0.0] * len(stage) for stage in rooms]
+    for _, s, r in sorted(places):  # those that are full first
+        weights[s][r] = min(rooms[s][r], left * speeds[s][r] / speed_left) if speed_left > 0 else rooms[s][r]
+        left -= weights[s][r]
+        speed_left -= speeds[s][r]
+    return weights
 
 
-def _grouped(seats: Sequence[Seat], parts: Sequence[int]) -> Layout:
-    stages, start = [], 0
-    for part in parts:
-        stages.append(tuple(seats[start : start + part]))
-        start += part
-    return tuple(stages)
-
-
-def _compositions(total: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write ``total`` as an ordered sum."""
-    if total == 0:
-        yield ()
-    for head in range(total, 0, -1):
-        for rest in _compositions(total - head):
-            yield (head, *rest)
-
-
-def _equal_parts(total: int) -> Iterator[tuple[int, ...]]:
-    for ranks in (1, 2, 3, 4):
-        yield (*[ranks] * (total // ranks), *([total % ranks] if total % ranks else []))
-
-
-def _seat(node: Node) -> Seat:
-    return Seat(node.id, node.device.name, node.device.matvec_bytes_per_s)
-
-
-def _outlook(plan: Plan, seconds: float, nodes: Sequence[Node], machine: Machine, wish: Wish) -> Outlook:
-    by_node: dict[NodeId, int] = {}
-    why: dict[NodeId, str] = {}
-    for stage, rank, shard in plan.places():
-        node = machine.nodes[shard.node]
-        by_node[shard.node] = node_bytes(plan, stage, rank, wish)
-        why[shard.node] = (
-            f"{node.name} streams {node.device.matvec_bytes_per_s / 1e9:.1f} GB/s and takes {plan.shard_bytes(stage, rank) / 1e6:.0f} MB of weights"
-        )
-    left_out = {
-        node.id: f"{node.name} is left out: with its {node.device.matvec_bytes_per_s / 1e9:.1f} GB/s and its link every token would take longer"
-        for node in nodes
-        if node.id not in by_node
-    }
-    return Outlook(plan=plan, seconds_per_token=seconds, bytes_per_node=by_node, why=why, left_out=left_out)
-
-
-def _nothing_fits(spec: ModelSpec, nodes: Sequence[Node], wish: Wish) -> PlacementError:
-    """Say what is missing: memory in all, or an even enough spread of it."""
-    cache = spec.n_blocks * wish.n_cells * spec.cache_bytes_per_cell(spec.n_kv_heads, wish.cache_element_bytes)
-    needed = model_bytes(spec) + cache + OVERHEAD_BYTES * len(nodes)
-    offered = sum(node.device.free_bytes for node in nodes)
-    missing = max(0, needed - offered)
-    if missing:
-        return PlacementError(
-            f"{spec.name} needs {needed} bytes with a cache of {wish.n_cells} tokens; {len(nodes)} node(s) offer {offered}: {missing} bytes "
-            f"({missing / 1e9:.2f} GB) are missing. Add a node, use a smaller model or quantisation, or a smaller cache (--cells)",
-            missing_bytes=missing,
-        )
-    return PlacementError(
-        f"{spec.name} needs {needed} bytes and {len(nodes)} node(s) offer {offered}, but no cut into whole blocks, heads and columns fits each of them; "
-        "free memory on the fullest node, or add one"
+def _seated(grouping: Grouping, weights: Sequence[Sequence[float]]) -> Layout:
+    return tuple(
+        tuple(Seat(node.id, node.device.name, weight) for node, weight in zip(stage, row, strict=True)) for stage, row in zip(grouping, weights, strict=True)
     )
+
+
+def _nothing_fits(spec: ModelSpec, nodes: Sequence[Node], machine: Machine, wish: Wish) -> PlacementError:
+    """What is missing: memory in all, or in the right places."""
+    tried = [forced_grouping(nodes, wish)] if wish.is_forced else list(groupings(nodes, machine, wish.use_all))
+    used = {node.id: node for grouping in tried for stage in grouping for node in stage}
+    offered = sum(machine.room(node) for node in used)
+    if needed_bytes(spec, wish) > offered:
+        return explain.too_little_memory(spec, wish, offered, len(used))
+    least: int | None = None
+    for grouping in tried:
+        *_, by_memory = _layouts(spec, grouping, machine, wish)
+        try:
+            lacks = missing_bytes(_unlimited(spec, by_memory, wish.version), machine, wish)
+        except PlacementError:
+            continue
+        least = lacks if least is None else min(least, lacks)
+    if least is None and wish.is_forced and len(tried[0]) > spec.n_blocks:
+        return PlacementError(f"{len(tried[0])} stages are wished, but {spec.name} has {spec.n_blocks} blocks; a stage holds at least one")
+    return explain.no_cut_fits(spec, wish, offered, len(used), least or 0)
+
+
+def _unlimited(spec: ModelSpec, layout: Layout, version: int) -> Plan:
+    """The plan of a layout with blocks in proportion to its stages' weights, whether it fits or not."""
+    shards = cut_ranks(spec, layout)
+    weights = [sum(seat.weight for seat in seats) for seats in layout]
+    ideal = [spec.n_blocks * weight / sum(weights) for weight in weights]
+    return build_plan(spec, layout, shards, version, lambda stage, start, stop: (stop - start - ideal[stage]) ** 2)

@@ -1,6 +1,9 @@
-"""Uneven cuts: dividing a row of indivisible things among ranks, as near to their speeds as the allowed cuts let."""
+"""Uneven cuts: dividing a row of indivisible things among ranks, as near to their weights as the allowed cuts let. A rank of weight 0 gets nothing."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
 
 from yoke.core.errors import PlacementError
 from yoke.core.plan import Span, is_head_share
@@ -10,64 +13,85 @@ ROW_MULTIPLE = 32
 """Kernels take weights in groups of 8 rows (ggml's repacked layouts); whole quantisation blocks of 32 satisfy them all."""
 
 
-def cut_heads(spec: ModelSpec, speeds: Sequence[float]) -> list[Span]:
-    """Query heads for each rank: the cut whose slowest rank is fastest, among those that the model allows."""
-    cuts = [head for head in range(spec.n_heads + 1) if spec.is_head_cut(head)]
-    return cut_exactly(cuts, speeds, lambda start, stop: is_head_share(spec, start, stop))
+def cut_heads(spec: ModelSpec, weights: Sequence[float]) -> list[Span]:
+    """Query heads for each rank: the cut whose slowest rank is fastest, among those that the model allows; of equals, one near to proportion.
 
-
-def cut_columns(total: int, block: int, speeds: Sequence[float]) -> list[Span]:
-    """Feed-forward columns for each rank, in whole blocks, and in multiples of `ROW_MULTIPLE` where there are enough of them."""
-    step = block
-    if block < ROW_MULTIPLE and total % ROW_MULTIPLE == 0 and total // ROW_MULTIPLE >= len(speeds):
-        step = ROW_MULTIPLE * block // _common_divisor(ROW_MULTIPLE, block)
-    return cut_evenly(total, step, speeds)
-
-
-def cut_evenly(total: int, step: int, speeds: Sequence[float]) -> list[Span]:
-    """``total`` in proportion to ``speeds``, each cut at the multiple of ``step`` nearest to the exact one."""
-    whole = sum(speeds)
-    spans, start, reached = [], 0, 0.0
-    for index, speed in enumerate(speeds):
-        reached += speed
-        stop = total if index == len(speeds) - 1 else min(total, max(start, round(total * reached / whole / step) * step))
-        spans.append(Span(start, stop))
-        start = stop
-    if len(spans) > 1 and speeds[-1] == 0 and spans[-1]:  # rounding must not give work to a rank that asked for none
-        last = max(i for i, speed in enumerate(speeds) if speed > 0)
-        spans[last] = Span(spans[last].start, total)
-        spans[last + 1 :] = [Span(total, total)] * (len(spans) - last - 1)
-    return spans
-
-
-def cut_exactly(cuts: Sequence[int], speeds: Sequence[float], allowed: Callable[[int, int], bool]) -> list[Span]:
-    """The cut whose slowest rank is fastest, by dynamic programming over ``cuts`` (the first and last among them); of equals, the one nearest to proportion.
+    An exact dynamic programme over (ranks placed, heads given away).
 
     Raises
     ------
     PlacementError
-        if no allowed cut exists.
+        if every weight is 0.
     """
-    whole, total = sum(speeds), cuts[-1]
-    best: dict[int, tuple[tuple[float, float], list[Span]]] = {cuts[0]: ((0.0, 0.0), [])}
-    for speed in speeds:
-        ideal = total * speed / whole
-        reached: dict[int, tuple[tuple[float, float], list[Span]]] = {}
-        for start, ((slowest, distance), spans) in best.items():
-            for stop in cuts:
-                if stop < start or not allowed(start, stop) or (speed == 0 and stop > start):
-                    continue
-                time = (stop - start) / speed if speed else 0.0
+    whole = _sum_of(weights)
+    stops = _allowed_stops(spec)
+    best: dict[int, tuple[tuple[float, float], tuple[int, ...]]] = {0: ((0.0, 0.0), (0,))}
+    for weight in weights:
+        ideal = spec.n_heads * weight / whole
+        reached: dict[int, tuple[tuple[float, float], tuple[int, ...]]] = {}
+        for start, ((slowest, distance), edges) in best.items():
+            for stop in stops[start] if weight > 0 else (start,):
+                time = (stop - start) / weight if weight > 0 else 0.0
                 cost = (max(slowest, time), distance + (stop - start - ideal) ** 2)
                 if stop not in reached or cost < reached[stop][0]:
-                    reached[stop] = (cost, [*spans, Span(start, stop)])
+                    reached[stop] = (cost, (*edges, stop))
         best = reached
-    if total not in best:
-        raise PlacementError(f"{total} heads cannot be cut among ranks of speeds {list(speeds)}")
-    return best[total][1]
+    edges = best[spec.n_heads][1]  # always there: one rank of a positive weight may hold all heads
+    return [Span(start, stop) for start, stop in pairwise(edges)]
 
 
-def _common_divisor(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
+def cut_columns(total: int, block: int, weights: Sequence[float]) -> list[Span]:
+    """Feed-forward columns for each rank, in whole blocks, and in multiples of `ROW_MULTIPLE` where there are enough of them."""
+    step = math.lcm(block, ROW_MULTIPLE)
+    if total % step or total // step < len(weights):
+        step = block
+    return cut_evenly(total, step, weights)
+
+
+def cut_rows(total: int, weights: Sequence[float]) -> list[Span]:
+    """Rows of a matrix for each rank, in multiples of `ROW_MULTIPLE` where there are enough of them."""
+    return cut_evenly(total, ROW_MULTIPLE if total >= ROW_MULTIPLE * len(weights) else 1, weights)
+
+
+def cut_evenly(total: int, step: int, weights: Sequence[float]) -> list[Span]:
+    """``total`` in units of ``step``, so that the slowest rank is as fast as can be; what is no whole unit goes to the last rank that works.
+
+    Every rank first gets the whole units that it would have in exact proportion, then each unit left goes to the rank that is done with it first: this is optimal.
+
+    Raises
+    ------
+    PlacementError
+        if every weight is 0.
+    """
+    whole = _sum_of(weights)
+    n_units = total // step
+    units = [min(n_units, int(n_units * (weight / whole))) for weight in weights]
+    working = [rank for rank, weight in enumerate(weights) if weight > 0]
+    while sum(units) > n_units:  # rounding upwards in the division, by one unit at most
+        units[max(working, key=lambda rank: units[rank] / weights[rank])] -= 1
+    while sum(units) < n_units:
+        units[min(working, key=lambda rank: ((units[rank] + 1) / weights[rank], rank))] += 1
+    sizes = [n * step for n in units]
+    sizes[working[-1]] += total % step
+    spans, start = [], 0
+    for size in sizes:
+        spans.append(Span(start, start + size))
+        start += size
+    return spans
+
+
+def _sum_of(weights: Sequence[float]) -> float:
+    whole = sum(weights)
+    if not 0 < whole < math.inf or min(weights) < 0:
+        raise PlacementError(f"the shares of a stage are {list(weights)}; expected numbers of at least 0, and one above 0")
+    return whole
+
+
+@lru_cache(maxsize=16)
+def _allowed_stops(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
+    """For each head where a share may start, the heads where it may stop."""
+    cuts = [head for head in range(spec.n_heads + 1) if spec.is_head_cut(head)]
+    stops: list[tuple[int, ...]] = [()] * (spec.n_heads + 1)
+    for start in cuts:
+        stops[start] = tuple(stop for stop in cuts if stop >= start and is_head_share(spec, start, stop))
+    return tuple(stops)

@@ -30,10 +30,10 @@ class AnswerText:
 
     def _certain(self, text: str) -> str:
         self._held += text
-        found = [index for stop in self._stop if (index := self._held.find(stop)) >= 0]
-        if found:
+        found = [(index + len(stop), index) for stop in self._stop if (index := self._held.find(stop)) >= 0]
+        if found:  # the one that is complete first, so that the text does not depend on how it was cut into tokens
             self.is_stopped = True
-            return self._held[: min(found)]
+            return self._held[: min(found)[1]]
         hold = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         certain = self._held[: len(self._held) - hold]
         self._held = self._held[len(certain) :]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from yoke.core.clock import Clock
-from yoke.core.errors import NodeError, RemoteProtocolError, YokeError
+from yoke.core.errors import InvariantError, ModelError, NodeError, RemoteProtocolError, RequestError, YokeError
 from yoke.core.frame import Drawn
 from yoke.core.request import Event, Finished, FinishReason, Piece, Started
 from yoke.run.answer import AnswerText
@@ -75,7 +75,7 @@ class Engine:
             step = self.scheduler.schedule()
             if step is not None:
                 self._step(step)
-            self._take(wait=not self.scheduler.can_schedule)
+            self._take(wait=step is None or not self.scheduler.can_schedule)
 
     def _step(self, step: Step) -> None:
         now = self.clock.monotonic()
@@ -113,6 +113,9 @@ class Engine:
         if self._failure is not None:
             self.emit(submission.id, self._failure)
             return
+        if submission.id in self._answers:
+            self.emit(submission.id, RequestError(f"a request with the id {submission.id!r} is being answered already", field="id"))
+            return
         session = Session(
             id=submission.id,
             tokens=list(submission.tokens),
@@ -134,12 +137,15 @@ class Engine:
             return
         try:
             committed = self.scheduler.commit(drawn.step, drawn.tokens)
-        except ValueError as error:
+        except (ValueError, InvariantError) as error:  # the last stage is another process: its mistakes are not ours
             self._fail(RemoteProtocolError(f"step {drawn.step} came back with {len(drawn.tokens)} tokens, not one for each output: {error}"))
             return
         now = self.clock.monotonic()
-        for session, token in committed:
-            self._extend(self._answers[session.id], token, now)
+        try:
+            for session, token in committed:
+                self._extend(self._answers[session.id], token, now)
+        except ModelError as error:
+            self._fail(RemoteProtocolError(f"step {drawn.step} came back with what is no token of this model: {error}"))
 
     def _extend(self, answer: _Answer, token: int, now: float) -> None:
         """Add a drawn token to its answer, and end the answer if the model, a stop string or the length says so."""

@@ -23,8 +23,10 @@ def draw(logits_V: NDArray[np.float32], sampling: Sampling, position: int) -> in
     if sampling.temperature == 0.0 or sampling.top_k == 1:
         return int(np.argmax(logits_V))
     ids = _top_k(logits_V, sampling.top_k)
-    scaled = (logits_V if ids is None else logits_V[ids]).astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
+    below_best = (logits_V if ids is None else logits_V[ids]).astype(np.float64)
+    below_best -= below_best.max()
+    with np.errstate(over="ignore"):  # at a tiny temperature all but the best become minus infinity, which is right
+        weights = np.exp(below_best / sampling.temperature)
     if sampling.top_p < 1.0:
         weights = _nucleus(weights, sampling.top_p)
     if sampling.min_p > 0.0:

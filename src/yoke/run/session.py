@@ -7,7 +7,7 @@ from yoke.core.request import Sampling
 NO_SLOT = -1
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Session:
     """The one mutable noun of the engine.
 

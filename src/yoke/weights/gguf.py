@@ -22,6 +22,8 @@ __all__ = ["ArrayInfo", "GgufFile", "MetadataValue", "Scalar"]
 
 Range = tuple[int, int]
 
+_MANY_ROWS = 64
+
 # Smallest GGUF: magic, version and two counts. An empty file cannot be mapped at all.
 _LEAST_FILE_BYTES = 24
 
@@ -43,6 +45,7 @@ class GgufFile:
         self._header = header
         self._view = memoryview(mapping)
         self._rows: dict[str, npt.NDArray[np.uint8]] = {}
+        self._n_touched = 0
         self._digest: str | None = None
 
     @classmethod
@@ -180,11 +183,13 @@ class GgufFile:
         ModelError
             if there is no such tensor.
         """
+        self._advise(name, "MADV_DONTNEED")
+
+    def _advise(self, name: str, advice: str) -> None:
         info = self._info(name)
-        if not hasattr(self._mapping, "madvise") or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        start = self._header.offsets[name] // mmap.PAGESIZE * mmap.PAGESIZE
-        self._mapping.madvise(mmap.MADV_DONTNEED, start, self._header.offsets[name] + info.n_bytes - start)
+        if hasattr(self._mapping, "madvise") and hasattr(mmap, advice):
+            start = self._header.offsets[name] // mmap.PAGESIZE * mmap.PAGESIZE
+            self._mapping.madvise(getattr(mmap, advice), start, self._header.offsets[name] + info.n_bytes - start)
 
     def dequantized_rows(self, name: str, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Rows of a matrix as float32: the embedding lookup.
@@ -213,7 +218,12 @@ class GgufFile:
         table = self._rows.get(name)
         if table is None:
             table = self._rows[name] = np.frombuffer(self._bytes(info), dtype=np.uint8).reshape(info.shape[0], -1)
-        return dequantize(info.type, table[list(ids)])
+        rows = dequantize(info.type, table[list(ids)])
+        self._n_touched += len(ids)
+        if self._n_touched > _MANY_ROWS:
+            self._advise(name, "MADV_DONTNEED")  # the system maps 64 kB around each row; soon most of the table would be in memory
+            self._n_touched = 0
+        return rows
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)

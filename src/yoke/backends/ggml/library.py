@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -123,6 +124,8 @@ class Library:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        if sys.platform == "win32":
+            os.add_dll_directory(str(directory))
         self._libraries = [_open(path) for path in _library_files(directory)]
         self.version = self._check_version()
         for name, (result, arguments) in _SIGNATURES.items():

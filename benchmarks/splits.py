@@ -1,0 +1,99 @@
+"""What a split gains: one node against two ranks and two stages, one thread a node, each node pinned to its own processor, over TLS on loopback.
+
+usage: python benchmarks/splits.py [--runs 5] [--sessions 1,2,4] [--spin-us 0] [--wire-type float32]
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from workload import model_1b
+
+from yoke.cli.bench import Workload, measure
+from yoke.node.config import read_settings
+from yoke.node.coordinator import Coordinator
+from yoke.node.local import Layout, load_settings, open_coordinator, wish_of
+from yoke.node.model import Model
+
+CASES = (("one node", 1, 1), ("two ranks", 1, 2), ("two stages", 2, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--sessions", default="1,2,4")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--spin-us", default="0")
+    parser.add_argument("--wire-type", default="float32")
+    parser.add_argument("--cases", default="one node,two ranks,two stages")
+    arguments = parser.parse_args()
+    os.environ["GGML_NO_BACKTRACE"] = "1"
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {0})  # this machine's worker inherits it; the other nodes are pinned as they are started
+    for n_sessions in map(int, arguments.sessions.split(",")):
+        base: dict[str, Any] | None = None
+        for name, stages, ranks in CASES:
+            if name not in arguments.cases:
+                continue
+            work = Workload(prompt_tokens=arguments.prompt, decode_tokens=arguments.decode, sessions=n_sessions, runs=arguments.runs)
+            result = asyncio.run(run_case(stages, ranks, work, arguments))
+            base = base or result
+            report(name, result, base, work)
+
+
+async def run_case(stages: int, ranks: int, work: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
+    path = model_1b()
+    cells = -(-work.sessions * (work.prompt_tokens + work.decode_tokens) // 256) * 256
+    with tempfile.TemporaryDirectory() as directory:
+        flags = {"threads": 1, "context": work.prompt_tokens + work.decode_tokens, "cells": cells, "state_dir": directory}
+        settings = read_settings({**flags, "spin_us": arguments.spin_us, "wire_type": arguments.wire_type}, {}, Path(directory))
+        layout = Layout(nodes=stages * ranks, is_open=True, stages=stages, ranks=ranks, shares=(1.0,) * ranks)
+        model = Model.open(path)
+        async with contextlib.AsyncExitStack() as stack:
+            started: list[Coordinator] = []
+            joining = asyncio.ensure_future(stack.enter_async_context(open_coordinator(settings, layout, started.append)))
+            while not started:
+                await asyncio.sleep(0.05)
+                if joining.done():
+                    await joining
+            for index in range(1, stages * ranks):
+                await stack.enter_async_context(pinned_node(started[0], index, f"{directory}/{index}", arguments.spin_us))
+            cluster = await joining
+            await cluster.load(model, wish_of(settings, layout, cells), load_settings(settings, settings.context, cells))
+            return await measure(cluster, work)
+
+
+@contextlib.asynccontextmanager
+async def pinned_node(cluster: Coordinator, index: int, directory: str, spin_us: str) -> AsyncIterator[None]:
+    prefix = ["taskset", "-c", str(index % (os.cpu_count() or 1))] if sys.platform == "linux" else []
+    flags = ["--threads", "1", "--state-dir", directory, "--name", f"node-{index}", "--quiet", "--spin-us", spin_us]
+    process = await asyncio.create_subprocess_exec(*prefix, sys.executable, "-m", "yoke", "join", cluster.invite.encode(), *flags)
+    try:
+        yield
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+def report(name: str, result: dict[str, Any], base: dict[str, Any], work: Workload) -> None:
+    steps = max(1, *(stage["steps"] for stage in result["stages"]))
+    collective = max(stage["collective_s"] for stage in result["stages"]) / steps * 1e3
+    wire = sum(stage["wire_s"] for stage in result["stages"]) / steps * 1e3
+    decode, prefill = result["decode_tokens_per_s"], result["prefill_tokens_per_s"]
+    gain, prefill_gain = decode / base["decode_tokens_per_s"], prefill / base["prefill_tokens_per_s"]
+    print(
+        f"{work.sessions} session(s), {name}: decode {decode:.1f} tokens/s ({gain:.2f}x), prefill {prefill:.1f} ({prefill_gain:.2f}x), "
+        f"collectives {collective:.2f} ms and sending {wire:.2f} ms a step",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
