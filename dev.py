@@ -97,15 +97,15 @@ def has_compiler() -> bool:
     return bool(subprocess.run(question, capture_output=True, check=False).stdout.strip())
 
 
-def tool(name: str) -> str:
-    """The path of a program in the virtual environment."""
-    return str(VENV / ("Scripts" if os.name == "nt" else "bin") / (name + (".exe" if os.name == "nt" else "")))
+def python(*arguments: str) -> list[str]:
+    """A call of the virtual environment's Python. Programs are started as its modules: their own scripts hold a path, and break when this directory moves."""
+    return [str(VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")), *arguments]
 
 
 def venv_python_version() -> str:
     """The virtual environment's Python version; empty if there is no environment that works."""
     try:
-        asked = subprocess.run([tool("python"), "-c", "import sys, pip; print(*sys.version_info[:3], sep='.')"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(python("-c", "import sys, pip; print(*sys.version_info[:3], sep='.')"), capture_output=True, text=True, check=False)
     except OSError:
         return ""
     return asked.stdout.strip() if asked.returncode == 0 else ""
@@ -118,7 +118,7 @@ def set_up(*, dev: bool) -> None:
         hint = "On Debian and Ubuntu, `sudo apt install python3-venv` may be missing."
         quiet("making a virtual environment in .venv", [sys.executable, "-m", "venv", "--clear", str(VENV)], hint)
         version = venv_python_version()
-    project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + version.encode()).hexdigest()
+    project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + f"{version} {ROOT}".encode()).hexdigest()
     done = read_stamp()
     if dev and done.get("torch") != TORCH + version:
         install(f"installing {TORCH} (only the tests need it)", [TORCH])
@@ -133,7 +133,7 @@ def set_up(*, dev: bool) -> None:
 
 def install(words: str, what: list[str]) -> None:
     """One call of pip."""
-    quiet(words, [tool("python"), "-m", "pip", "install", "--disable-pip-version-check", *what])
+    quiet(words, python("-m", "pip", "install", "--disable-pip-version-check", *what))
 
 
 def read_stamp() -> dict[str, str]:
@@ -174,11 +174,11 @@ def environment() -> dict[str, str]:
 def checks() -> list[tuple[str, list[str]]]:
     """What must hold before any test is run."""
     return [
-        ("ruff check", [tool("ruff"), "check", "."]),
-        ("ruff format", [tool("ruff"), "format", "--check", "."]),
-        ("mypy", [tool("mypy")]),
-        ("import rules", [tool("lint-imports"), "--no-cache"]),
-        ("docstrings", [tool("interrogate"), "src", "dev.py"]),
+        ("ruff check", python("-m", "ruff", "check", ".")),
+        ("ruff format", python("-m", "ruff", "format", "--check", ".")),
+        ("mypy", python("-m", "mypy")),
+        ("import rules", python("-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache", "--no-logo")),
+        ("docstrings", python("-m", "interrogate", "src", "dev.py")),
     ]
 
 
@@ -238,14 +238,14 @@ def convert() -> str:
     makers = [*source.iterdir(), *(ROOT / "src" / "yoke" / "weights").glob("*.py")]
     if not MODEL.exists() or MODEL.stat().st_mtime < max(path.stat().st_mtime for path in makers):
         fresh = MODEL.with_name("kjv-9m.new.gguf")
-        quiet("converting models/kjv-9m to .cache/kjv-9m.gguf", [tool("yoke"), "convert", str(source), str(fresh), "--type", "f32"])
+        quiet("converting models/kjv-9m to .cache/kjv-9m.gguf", python("-m", "yoke", "convert", str(source), str(fresh), "--type", "f32"))
         fresh.replace(MODEL)
     return str(MODEL)
 
 
 def ask_alone(model: str) -> dict[str, Any]:
     """What one process, with the whole model, makes of the prompt."""
-    command = [tool("yoke"), "run", model, "-p", PROMPT, "-n", str(TOKENS), "--json", *NODE_FLAGS]
+    command = python("-m", "yoke", "run", model, "-p", PROMPT, "-n", str(TOKENS), "--json", *NODE_FLAGS)
     asked = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, encoding="utf-8", check=False)
     if asked.returncode != 0:
         stop(f"`yoke run` ended with exit code {asked.returncode}; what it said stands above.")
@@ -256,7 +256,7 @@ def ask_alone(model: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def served(model: str) -> Iterator[str]:
     """``yoke serve`` over several node processes; yields the address that it prints, and ends it with the block."""
-    command = [tool("yoke"), "serve", model, "--local-nodes", str(NODES), "--port", "0", *NODE_FLAGS]
+    command = python("-m", "yoke", "serve", model, "--local-nodes", str(NODES), "--port", "0", *NODE_FLAGS)
     group: dict[str, Any] = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), "start_new_session": os.name == "posix"}
     server = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, encoding="utf-8", **group)
     watchdog = threading.Timer(START_S, server.kill)
@@ -349,7 +349,7 @@ def run_benchmark(name: str | None, arguments: Sequence[str]) -> int:
         say(f"{'Which one?' if name is None else f'There is no benchmark {name!r}.'} Known are:\n{listed}")
         return 2
     set_up(dev=True)
-    return subprocess.call([tool("python"), str(ROOT / "benchmarks" / f"{name}.py"), *arguments], cwd=ROOT, env=environment())
+    return subprocess.call(python(str(ROOT / "benchmarks" / f"{name}.py"), *arguments), cwd=ROOT, env=environment())
 
 
 def perform(task: str, name: str | None, arguments: Sequence[str]) -> int:
@@ -363,8 +363,8 @@ def perform(task: str, name: str | None, arguments: Sequence[str]) -> int:
     if task == "check":
         return run_all(checks())
     if task == "test":
-        return run_all([*checks(), ("tests", [tool("python"), "-m", "pytest"])])
-    say(f"Everything is installed in .venv; the command is {tool('yoke')}.")
+        return run_all([*checks(), ("tests", python("-m", "pytest"))])
+    say(f"Everything is installed in .venv; the command yoke lies in {Path(python()[0]).parent}.")
     return 0
 
 

@@ -7,6 +7,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from yoke.cli.render import errors, size
+from yoke.core.errors import ModelError
 from yoke.weights.convert import convert as convert_model
 
 
@@ -21,6 +22,8 @@ def convert(
     kind: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0, q4_0, q4_k_m, ...: how weights are stored.")] = "q8_0",
 ) -> None:
     """Convert a model."""
+    if target.exists() and not target.is_file():
+        raise ModelError(f"{target} is not a plain file; expected the name of a GGUF file to write")
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         tasks = {}

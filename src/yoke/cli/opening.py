@@ -14,12 +14,13 @@ from yoke.node.model import Model
 
 
 def run_until_signal(work: Coroutine[None, None, None]) -> None:
-    """Run ``work``; Ctrl-C and a polite request to end (SIGTERM) cancel it, so that whatever it started is ended too."""
+    """Run ``work``; Ctrl-C, a polite request to end (SIGTERM) and a closed terminal (SIGHUP) cancel it, so that whatever it started is ended too."""
 
     async def cancellable() -> None:
-        with contextlib.suppress(NotImplementedError):  # Windows has no such signal
-            task = asyncio.current_task()
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: task.cancel() if task is not None else None)
+        task = asyncio.current_task()
+        for name in ("SIGTERM", "SIGHUP"):
+            with contextlib.suppress(NotImplementedError, AttributeError):  # Windows has no such signals
+                asyncio.get_running_loop().add_signal_handler(getattr(signal, name), lambda: task.cancel() if task is not None else None)
         await work
 
     try:

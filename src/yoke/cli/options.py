@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from yoke.core.errors import RequestError
 from yoke.core.settings import Settings
 from yoke.node.config import read_settings
 
@@ -37,6 +38,20 @@ def settings(**flags: object) -> Settings:
         if a value is wrong.
     """
     return read_settings({name: value for name, value in flags.items() if value is not None}, os.environ)
+
+
+def checked_text(data: bytes) -> str:
+    """Bytes from a command line or a pipe as text.
+
+    Raises
+    ------
+    RequestError
+        if they are no UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the prompt is not text: byte {error.start} is {data[error.start]:#04x}, which is not UTF-8", field="prompt") from None
 
 
 def share_numbers(shares: str | None) -> tuple[float, ...] | None:

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +62,7 @@ def run(
         state_dir=state_dir,
     )
     layout = Layout(local_nodes=local_nodes, stages=stages, ranks=ranks, shares=options.share_numbers(shares))
-    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = options.checked_text(sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape"))
     if not text:
         raise RequestError("the prompt is empty; expected some text after -p", field="prompt")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=secrets.randbits(32) if seed is None else seed)

@@ -1,5 +1,6 @@
 """``yoke status``: what a running server says of itself, over HTTP."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -68,8 +69,12 @@ def _ask(url: str, key: str) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
             answer = json.loads(response.read(MAX_ANSWER_BYTES))
-    except (OSError, ValueError) as error:
-        raise NodeError(f"no answer from {url}: {error}; is `yoke serve` running there?") from error
-    if not isinstance(answer, dict):
-        raise NodeError(f"{url} answered {type(answer).__name__}; expected a status")
+    except urllib.error.HTTPError as error:
+        hint = "give the server's key with --api-key" if error.code == 401 else "is that `yoke serve`?"
+        raise NodeError(f"{url} answered {error.code} {error.reason}; {hint}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise NodeError(f"no answer from {url}: {cause}; is `yoke serve` running there?") from error
+    if not isinstance(answer, dict) or not {"nodes", "stages", "running", "queued"} <= answer.keys():
+        raise NodeError(f"{url} answered something else than a status; is that `yoke serve`?")
     return answer

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from msgspec.structs import replace
+
 from yoke.backends.ops import CacheType
 from yoke.core.clock import Clock, SystemClock
-from yoke.core.errors import AdmissionError, NodeError, NodeGone, RemoteProtocolError, RequestError, YokeError
+from yoke.core.errors import AdmissionError, NodeError, NodeGone, RemoteProtocolError, RequestError, SettingError, YokeError
 from yoke.core.node import Link, Node, NodeId
 from yoke.core.request import ClusterStatus, Event, Finished, ModelCard, Request, StageTimes
 from yoke.net.group import WireType
@@ -24,6 +26,9 @@ from yoke.planner import Outlook, Wish, make_plan
 
 MAX_KNOCKS = 16
 """Strangers that may be introducing themselves at once."""
+
+BLAME_S = 1.0
+"""When a node goes, its neighbours notice as well, and may be heard first. So long their word waits for news of the node that is really gone."""
 
 LOAD_S = 1800.0
 STATUS_S = 2.0
@@ -50,6 +55,7 @@ class _Worker:
     loaded: "asyncio.Future[say.Loaded]"
     status: "asyncio.Future[say.Status] | None" = None
     progress: say.Progress | None = None
+    last_words: YokeError | None = None
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
 
 
@@ -73,6 +79,8 @@ class Coordinator:
         self._model: Model | None = None
         self._outlook: Outlook | None = None
         self._failure: NodeError | None = None
+        self._failed = asyncio.Event()
+        self._names: dict[NodeId, str] = {}
         self._has_template = False
         self._stack = contextlib.AsyncExitStack()
         self._knocks = asyncio.Semaphore(MAX_KNOCKS)
@@ -89,7 +97,10 @@ class Coordinator:
             self._add(WorkerLink(ready.id, ready.name, self._start.host, process.reader, process.writer, ready))
             if self._port is not None:
                 context = admission_server_context(self._identity)
-                server = await asyncio.start_server(self._welcome, self._start.host, self._port, ssl=context, limit=MAX_STREAM_BYTES)
+                try:
+                    server = await asyncio.start_server(self._welcome, self._start.host, self._port, ssl=context, limit=MAX_STREAM_BYTES)
+                except OSError as error:
+                    raise SettingError(f"cannot listen for joining machines on {self._start.host} port {self._port}: {error}; choose another") from error
                 self._port = server.sockets[0].getsockname()[1]
                 self._stack.callback(server.close)
         except BaseException:
@@ -230,6 +241,7 @@ class Coordinator:
         worker = _Worker(link, loop.create_future())
         worker.loaded.add_done_callback(lambda future: future.cancelled() or future.exception())  # an error nobody waits for is not news
         self._workers[link.id] = worker
+        self._names[link.id] = link.name
         self._tasks.start(self._listen(worker))
         return worker
 
@@ -266,14 +278,19 @@ class Coordinator:
         if worker.link.id != self._identity.id:
             self._workers.pop(worker.link.id, None)
         if not worker.loaded.done():
-            worker.loaded.set_exception(error)
+            worker.loaded.set_exception(worker.last_words or NodeGone(f"{worker.link.name} is gone ({error}) before its part of the model was loaded"))
         elif self._is_used(worker.link.id):
-            await self._fail(NodeGone(f"{worker.link.name} is gone ({error}); the model needs all its nodes: start again"))
+            if worker.last_words is None:
+                await self._fail(NodeGone(f"{worker.link.name} is gone ({error}); the model needs all its nodes: start again"))
+            else:
+                await self._fail_late(worker.last_words)
 
     async def _hear(self, worker: _Worker, message: say.FromWorker) -> None:
         match message:
             case say.Answer(id=request_id):
-                if request_id in self._answers:
+                if message.error is not None and isinstance(failure := say.noted_error(message.error), NodeError):
+                    self._tasks.start(self._fail_late(failure))
+                elif request_id in self._answers:
                     event = message.started or message.piece or message.finished
                     self._answers[request_id].put_nowait(event if event is not None else _answer_error(message))
             case say.Status():
@@ -288,7 +305,10 @@ class Coordinator:
             case say.Fetch():
                 await self._serve(worker, message)
             case say.Failed(error=note):
-                raise say.noted_error(note)
+                worker.last_words = say.noted_error(
+                    note if worker.link.id == self._identity.id else replace(note, message=f"{worker.link.name}: {note.message}")
+                )
+                raise worker.last_words
             case say.Ready():
                 raise RemoteProtocolError(f"{worker.link.name} introduced itself twice")
 
@@ -299,8 +319,22 @@ class Coordinator:
         async for part in self._model.parts(fetch):
             await worker.link.send(part)
 
+    async def _fail_late(self, error: YokeError) -> None:
+        """Somebody lost a neighbour, or the engine gave up. If a node is gone, that is the cause, and it will be known at once; else this is."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BLAME_S):
+                await self._failed.wait()
+        text = str(error)
+        for node, name in self._names.items():
+            text = text.replace(f"node {node[:12]}", name)
+        await self._fail(NodeGone(f"the model needs all its nodes, and one failed ({text}); start again"))
+
     async def _fail(self, error: NodeError) -> None:
+        """End every answer, now and later, with the first cause."""
+        if self._failure is not None:
+            return
         self._failure = error
+        self._failed.set()
         with contextlib.suppress(NodeGone):
             await self._workers[self._identity.id].link.send(say.PeerGone(message=str(error)))
         for events in self._answers.values():

@@ -67,6 +67,8 @@ class WorkerLink:
         NodeGone
             if the stream is closed.
         """
+        if self.writer.is_closing():
+            raise NodeGone(f"{self.name} is gone")
         try:
             self.writer.write(say.encode(message))
             await self.writer.drain()

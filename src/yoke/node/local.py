@@ -24,6 +24,7 @@ from yoke.node.model import Model
 from yoke.planner import Wish
 
 JOIN_S = 60.0
+END_S = 8.0  # longer than a node gives its own worker
 MAX_DEFAULT_CONTEXT = 8192
 MAX_DEFAULT_CELLS = 16384
 
@@ -144,14 +145,24 @@ async def _local_nodes(coordinator: Coordinator, settings: Settings, n_nodes: in
             for index in range(1, n_nodes):
                 place = ["--state-dir", str(Path(directory) / f"node-{index}"), "--name", f"{machine_name()}-{index}", "--quiet"]
                 command = [sys.executable, "-m", "yoke", "join", coordinator.invite.encode(), *place, *flags]
-                nodes.append(await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL))
+                # In a session of their own: Ctrl-C in the terminal is for this process alone, which then ends them.
+                nodes.append(await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True))
             await _all_joined(coordinator, nodes, n_nodes)
             yield
         finally:
-            for node in nodes:
-                with contextlib.suppress(ProcessLookupError):
-                    node.terminate()
-            await asyncio.gather(*(node.wait() for node in nodes))
+            await asyncio.gather(*(_end(node) for node in nodes))
+
+
+async def _end(node: asyncio.subprocess.Process) -> None:
+    """Ask a node process to end, and kill it if it does not."""
+    with contextlib.suppress(ProcessLookupError):
+        node.terminate()
+    try:
+        async with asyncio.timeout(END_S):
+            await node.wait()
+    except TimeoutError:
+        node.kill()
+        await node.wait()
 
 
 async def _all_joined(coordinator: Coordinator, nodes: list[asyncio.subprocess.Process], n_nodes: int) -> None:

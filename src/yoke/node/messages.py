@@ -254,7 +254,9 @@ async def read_body_async(stream: asyncio.StreamReader) -> bytes:
     try:
         head = await stream.readexactly(_LENGTH.size)
         return await stream.readexactly(_checked_length(head))
-    except (asyncio.IncompleteReadError, OSError) as error:
+    except asyncio.IncompleteReadError as error:
+        raise NodeGone("the control connection ended") from error
+    except OSError as error:
         raise NodeGone(f"the control connection ended: {error}") from error
 
 
