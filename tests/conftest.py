@@ -39,11 +39,11 @@ def wait_until(condition, what, seconds=10.0):
 class Running:
     """A process of the command, with everything that it has printed so far."""
 
-    def __init__(self, command, *, home, env, cwd, stdin=subprocess.DEVNULL, new_session=False):
+    def __init__(self, command, *, home, env, cwd, stdin=subprocess.DEVNULL, stdout=None, new_session=False):
         number = len(list(home.glob("*.out")))
         self.paths = home / f"{number}.out", home / f"{number}.err"
         with self.paths[0].open("wb") as out, self.paths[1].open("wb") as err:
-            self.process = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, env=env, cwd=cwd, start_new_session=new_session)
+            self.process = subprocess.Popen(command, stdin=stdin, stdout=stdout or out, stderr=err, env=env, cwd=cwd, start_new_session=new_session)
 
     @property
     def pid(self):
@@ -118,10 +118,14 @@ class Server(Running):
         with self.http() as client:
             return client.get("/yoke/status").json()
 
-    def is_idle(self):
-        """Whether no session is running or waiting."""
-        status = self.status()
-        return status["running"] == status["queued"] == 0
+    def wait_idle(self, seconds=3.0):
+        """Until no session is running or waiting."""
+
+        def is_idle():
+            status = self.status()
+            return status["running"] == status["queued"] == 0
+
+        wait_until(is_idle, "a session still runs", seconds)
 
     @contextlib.contextmanager
     def stream(self, prompt="abc", n=8000, **fields):
@@ -159,6 +163,7 @@ class Yoke:
         """Start the command and return at once."""
         command = [*prefix, *self.program, *map(str, arguments)]
         running = kind(command, home=self.home, env=self.env | (env or {}), cwd=cwd or self.home, **options)
+        running.yoke = self
         self.started.append(running)
         return running
 
@@ -195,6 +200,12 @@ class Yoke:
                 process.kill()
         for running in self.started:
             running.process.wait(10)
+
+
+@pytest.fixture(scope="session", name="yoke_in")
+def _yoke_in():
+    """:func:`yoke_in`, for fixtures of modules."""
+    return yoke_in
 
 
 @contextlib.contextmanager
@@ -246,9 +257,7 @@ def kjv(tmp_path_factory):
 def endless(tmp_path_factory):
     """A tiny random model with so long a context that a stream of it is still running when something happens to it."""
     path = tmp_path_factory.mktemp("models") / "endless.gguf"
-    write_random_model(
-        path, architecture="llama", n_blocks=6, width=64, n_heads=4, n_kv_heads=2, head_dim=16, columns=128, vocabulary=400, context=8192
-    )
+    write_random_model(path, architecture="llama", n_blocks=6, width=64, n_heads=4, n_kv_heads=2, head_dim=16, columns=128, vocabulary=400, context=8192)
     return path
 
 

@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 import yoke as package
+from yoke.cli.main import app
 
 pytestmark = pytest.mark.processes
 
@@ -33,21 +36,25 @@ def test_run_as_json_has_every_documented_field(yoke, kjv):
     assert answer["text"].startswith(" Moses")
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, yoke_in, kjv):
+    """What one node answers."""
+    with yoke_in(tmp_path_factory.mktemp("alone") / "home") as command:
+        return answer_of(command.run("run", kjv, "-p", PROMPT, "-n", 32, "--json"))
+
+
 @pytest.mark.parametrize(
     "layout",
     [
         ["--local-nodes", 3],
         ["--local-nodes", 3, "--ranks", 3, "--shares", "3:2:1"],
-        ["--local-nodes", 3, "--stages", 3],
         ["--local-nodes", 4, "--stages", 2, "--ranks", 2],
     ],
-    ids=["planned", "three uneven ranks", "three stages", "two stages of two ranks"],
+    ids=["planned", "three uneven ranks", "two stages of two ranks"],
 )
-def test_every_split_writes_what_one_node_writes(yoke, kjv, layout):
-    alone = answer_of(yoke.run("run", kjv, "-p", PROMPT, "-n", 32, "--json"))
+def test_every_split_writes_what_one_node_writes(yoke, kjv, alone, layout):
     split = answer_of(yoke.run("run", kjv, "-p", PROMPT, "-n", 32, "--json", *layout))
-    assert split["tokens"] == alone["tokens"]
-    assert split["text"] == alone["text"]
+    assert (split["tokens"], split["text"]) == (alone["tokens"], alone["text"])
     assert yoke.leftovers() == []
 
 
@@ -70,11 +77,10 @@ def test_run_reads_the_prompt_from_standard_input(yoke, kjv, tmp_path):
 
 
 def test_settings_come_from_flag_then_environment_then_file(yoke, kjv):
-    (yoke.home / "yoke.yaml").write_text("context: 64\n")
-    long = "word " * 100
-    assert "the context holds 64" in yoke.run("run", kjv, "-p", long, code=2).err
-    assert "the context holds 80" in yoke.run("run", kjv, "-p", long, env={"YOKE_CONTEXT": "80"}, code=2).err
-    yoke.run("run", kjv, "-p", long, "-n", 1, "--context", 512, env={"YOKE_CONTEXT": "80"})
+    (yoke.home / "yoke.yaml").write_text("context: 7777\n")
+    assert "context is 7777" in yoke.run("run", kjv, "-p", "a", code=2).err
+    assert "context is 8888" in yoke.run("run", kjv, "-p", "a", env={"YOKE_CONTEXT": "8888"}, code=2).err
+    assert "context is 9999" in yoke.run("run", kjv, "-p", "a", "--context", 9999, env={"YOKE_CONTEXT": "8888"}, code=2).err
 
 
 def test_plan_says_who_holds_what(yoke, kjv):
@@ -110,7 +116,7 @@ def test_bench_prints_a_table(yoke, kjv):
     assert "where the time went" in running.out
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"])
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m"])
 def test_convert_writes_a_file_that_runs(yoke, repository, kind):
     target = yoke.home / "model.gguf"
     assert "wrote" in yoke.run("convert", repository / "models" / "kjv-9m", target, "--type", kind).err
@@ -132,12 +138,8 @@ def test_help_lists_every_command(yoke):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_and_manual_explain_every_flag(yoke, command):
-    from typer.main import get_command
-
-    from yoke.cli.main import app
-
-    shown = " ".join(yoke.run(command, "--help").out.split())
+def test_help_and_manual_explain_every_flag(command):
+    shown = " ".join(CliRunner().invoke(app, [command, "--help"], terminal_width=160).output.split())
     manual = manual_section(f"yoke {command}")
     for parameter in get_command(app).commands[command].params:
         assert parameter.help, f"{parameter.name} has no help"

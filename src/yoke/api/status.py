@@ -14,6 +14,7 @@ def routes(cluster: Cluster) -> list[Route]:
     """The path over ``cluster``."""
 
     async def status(_: HttpRequest) -> Response:
+        """The state at this moment."""
         return Response(msgspec.json.encode(status_fields(await cluster.status())), media_type="application/json")
 
     return [Route("/yoke/status", status, methods=["GET"])]

@@ -17,6 +17,7 @@ def run_until_signal(work: Coroutine[None, None, None]) -> None:
     """Run ``work``; Ctrl-C, a polite request to end (SIGTERM) and a closed terminal (SIGHUP) cancel it, so that whatever it started is ended too."""
 
     async def cancellable() -> None:
+        """``work`` in a task that the signal can cancel."""
         task = asyncio.current_task()
         for name in ("SIGTERM", "SIGHUP"):
             with contextlib.suppress(NotImplementedError, AttributeError):  # Windows has no such signals

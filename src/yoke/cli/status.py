@@ -35,18 +35,16 @@ def status(
     if as_json:
         typer.echo(json.dumps(answer))
         return
+    output.print(f"{len(answer['nodes'])} node(s), {answer['running']} session(s) running, {answer['queued']} waiting", highlight=False)
+    if answer.get("model") is None:
+        output.print("no model is being served: none is loaded, or a node that is needed is gone", highlight=False)
     for table in _tables(answer):
         output.print(table)
 
 
 def _tables(status: dict[str, Any]) -> Iterator[Table]:
     """Nodes, and where each worker's time went."""
-    nodes = Table(
-        title=f"{len(status['nodes'])} node(s), {status['running']} session(s) running, {status['queued']} waiting",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    nodes = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("node", "device", "offers", "streams"):
         nodes.add_column(name)
     for node in status["nodes"]:

@@ -8,6 +8,7 @@ import asyncio
 import hmac
 import secrets
 import struct
+from collections.abc import Container
 
 from yoke.core.errors import AdmissionError, NodeGone, RemoteProtocolError
 from yoke.core.node import NodeId
@@ -17,7 +18,7 @@ from yoke.net.invite import SECRET_BYTES, Invite
 NONCE_BYTES = 32
 ADMISSION_S = 10.0
 MAX_STREAM_BYTES = 1 << 20
-_ACCEPTED, _REFUSED = b"\x06", b"\x15"
+_ACCEPTED, _REFUSED, _KNOWN = b"\x06", b"\x15", b"\x16"
 _PROOF = struct.Struct(f"<{SECRET_BYTES}s32s64sH")  # secret, public key, signature, length of the certificate that follows
 _CONTEXT = b"yoke admission 1"
 _UNANSWERED = (TimeoutError, asyncio.IncompleteReadError, OSError, RemoteProtocolError, UnicodeError)
@@ -49,13 +50,15 @@ def check_proof(head: bytes, coordinator: NodeId, nonce: bytes, secret: bytes) -
     return newcomer, certificate_bytes
 
 
-async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, coordinator: NodeId, secret: bytes) -> tuple[NodeId, bytes]:
+async def admit(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, coordinator: NodeId, secret: bytes, members: Container[NodeId] = ()
+) -> tuple[NodeId, bytes]:
     """The coordinator's side, on a fresh TLS connection: the newcomer's id and certificate.
 
     Raises
     ------
     AdmissionError
-        if it was not invited, in `ADMISSION_S` seconds.
+        if it was not invited, in `ADMISSION_S` seconds, or is one of the ``members`` already.
     """
     nonce = secrets.token_bytes(NONCE_BYTES)
     try:
@@ -65,6 +68,10 @@ async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, coor
             certificate = await reader.readexactly(certificate_bytes)
             if certificate_id(certificate) != newcomer:
                 raise AdmissionError("the newcomer's certificate is of another key")
+            if newcomer in members:
+                writer.write(_KNOWN)
+                await writer.drain()
+                raise AdmissionError("the newcomer is a member already")
             writer.write(_ACCEPTED)
             await writer.drain()
     except (TimeoutError, asyncio.IncompleteReadError, OSError, RemoteProtocolError) as error:
@@ -96,7 +103,12 @@ async def knock(invite: Invite, identity: Identity) -> tuple[asyncio.StreamReade
                     f"another node than the invite's answers at {invite.host} port {invite.port}: somebody may be in between. Nothing was sent"
                 )
             writer.write(prove(identity, invite.node_id, await reader.readexactly(NONCE_BYTES), invite.secret))
-            if await reader.readexactly(1) != _ACCEPTED:
+            answer = await reader.readexactly(1)
+            if answer == _KNOWN:
+                raise AdmissionError(
+                    "a node with this machine's key is in the cluster already; for two nodes on one machine, give each a directory of its own with --state-dir"
+                )
+            if answer != _ACCEPTED:
                 raise AdmissionError("the coordinator refused: the invite is not valid (any more); ask for a new one")
     except BaseException as error:
         if writer is not None:

@@ -252,7 +252,7 @@ class Coordinator:
             return
         async with self._knocks:
             try:
-                newcomer, certificate = await admit(reader, writer, self._identity.id, self._secret)
+                newcomer, certificate = await admit(reader, writer, self._identity.id, self._secret, self._workers)
                 ready = await introduce(reader, writer, None)
                 if ready.id != newcomer or ready.certificate != certificate or newcomer in self._workers:
                     raise AdmissionError("the newcomer is a member already, or its worker has another key")

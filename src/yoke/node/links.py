@@ -10,7 +10,7 @@ from yoke.core.node import NodeId
 from yoke.node import messages as say
 
 PIPE_BYTES = 1 << 20
-END_S = 5.0
+END_S = 2.0
 
 
 class WorkerProcess:

@@ -24,7 +24,7 @@ from yoke.node.model import Model
 from yoke.planner import Wish
 
 JOIN_S = 60.0
-END_S = 8.0  # longer than a node gives its own worker
+END_S = 4.0  # longer than a node gives its own worker
 MAX_DEFAULT_CONTEXT = 8192
 MAX_DEFAULT_CELLS = 16384
 

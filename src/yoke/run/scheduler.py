@@ -144,8 +144,10 @@ class Scheduler:
         share = -(-len(decoding) // self._limits.depth)
         ready = sorted((s for s in decoding if s.n_pending and not s.awaits_draw), key=lambda s: s.last_step)
         chosen: list[tuple[Session, int]] = []
-        for session in ready[: min(share, budget)]:
-            if session.slot != NO_SLOT and self._take_cells(session, 1):  # an earlier one may have pushed it out
+        for session in ready:
+            if len(chosen) == min(share, self._limits.chunk):
+                break
+            if session.slot != NO_SLOT and self._take_cells(session, 1):  # an earlier one may have pushed it out; one without a cell keeps nobody's place
                 chosen.append((session, 1))
                 budget -= 1
         for session in [s for s in self._running if s.n_pending and not s.is_decoding]:

@@ -149,8 +149,8 @@ def test_docstring_draws_every_error_at_its_place() -> None:
     """The tree is read line by line: an entry's parent is the last one that stands further left."""
     drawn: dict[str, str | None] = {}
     path: list[tuple[int, str]] = []
-    for line in (errors.__doc__ or "").splitlines():
-        if found := re.match(r"^([│├└─ ]*)([A-Z]\w+)(?:\s{2,}|$)", line):
+    for line in (errors.__doc__ or "").split("\n\n")[1].splitlines():
+        if found := re.match(r"^([│├└─ ]*)([A-Z]\w+)(?: |$)", line):
             indent, name = len(found[1]), found[2]
             path = [(i, n) for i, n in path if i < indent]
             drawn[name] = path[-1][1] if path else None

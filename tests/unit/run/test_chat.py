@@ -8,7 +8,9 @@ from yoke.run import chat
 from yoke.run.chat import ChatTemplate
 
 MESSAGES = (Message(role=Role.SYSTEM, content="Be brief."), Message(role=Role.USER, content="Hi {{ 7 * 7 }}"))
-CHATML = "{{ bos_token }}{% for m in messages %}\n<|{{ m.role }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHATML = """{{ bos_token }}
+{%- for m in messages %}<|{{ m.role }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 
 def render(source: str) -> str:
@@ -27,11 +29,8 @@ def test_loop_controls_that_models_use_work() -> None:
     "source",
     [
         "{{ ''.__class__.__mro__ }}",
-        "{{ ''.__class__ }}",
         "{{ messages.__class__.__base__.__subclasses__() }}",
-        "{{ raise_exception.__globals__ }}",
         "{{ raise_exception.__globals__['jinja2'] }}",
-        "{{ ''|attr('__class__') }}",
         "{{ '{0.__class__.__mro__}'.format(1) }}",
         "{{ self.__init__.__globals__ }}",
         "{{ cycler.__init__.__globals__.os.system('true') }}",
@@ -48,6 +47,11 @@ def test_templates_cannot_reach_out_of_their_sandbox(source: str) -> None:
         render(source)
     assert caught.value.field == "messages"
     assert render("{{ messages|length }}{{ messages[0].role }}") == "2system"
+
+
+@pytest.mark.parametrize("source", ["{{ ''.__class__ }}", "{{ raise_exception.__globals__ }}", "{{ ''|attr('__class__') }}"])
+def test_dangerous_attributes_are_nothing_even_to_print(source: str) -> None:
+    assert render(source) == ""
 
 
 def test_template_may_refuse_the_messages_in_its_own_words() -> None:

@@ -53,7 +53,7 @@ class SchedulerLaws(RuleBasedStateMachine):
         self.check(step)
         decoding = [s for s in waiting if s.slot != NO_SLOT]
         if decoding:
-            in_batch = {t for t in zip(step.batch.slots, step.batch.positions, strict=True)}
+            in_batch = set(zip(step.batch.slots, step.batch.positions, strict=True))
             assert any((s.slot, s.n_sent - 1) in in_batch for s in decoding), "a prompt pushed every decoding session out"
         self.flight.append(step)
 
@@ -62,7 +62,6 @@ class SchedulerLaws(RuleBasedStateMachine):
         assert 0 < len(batch.tokens) <= self.limits.chunk
         assert len(set(batch.freed_slots)) == len(batch.freed_slots)
         for slot in batch.freed_slots:
-            assert slot in self.by_slot or slot not in batch.slots or True
             self.by_slot.pop(slot, None)
             self.cells = {cell: owner for cell, owner in self.cells.items() if owner != slot}
         for token, slot, position, cell in zip(batch.tokens, batch.slots, batch.positions, batch.cells, strict=True):
@@ -136,7 +135,7 @@ class SchedulerLaws(RuleBasedStateMachine):
 
 
 TestSchedulerLaws = SchedulerLaws.TestCase
-TestSchedulerLaws.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSchedulerLaws.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
 def limits(**changes: int) -> Limits:
@@ -232,6 +231,21 @@ def test_youngest_gives_its_cells_back_and_is_computed_again() -> None:
     assert step is not None
     assert step.batch.tokens == (0, 1, 2, 60)
     assert scheduler.commit(step.number, [61]) == [(young, 61)]
+
+
+def test_session_that_gets_no_cell_keeps_nobody_from_its_turn() -> None:
+    """With two steps in flight each takes one of two decoding sessions. The young one has waited longer and no cell is free: it must not be the only one asked."""
+    scheduler = Scheduler(limits(n_cells=4, depth=2))
+    old, young = session("old", 2), session("young", 2)
+    scheduler.add(old)
+    scheduler.add(young)
+    step = scheduler.schedule()
+    assert step is not None
+    scheduler.commit(step.number, [50, 60])
+    old.last_step, young.last_step = 9, 8
+    step = scheduler.schedule()
+    assert step is not None, "nothing is in flight, so nothing would ever come"
+    assert step.drawing == (old,)
 
 
 def test_foreign_step_and_wrong_number_of_tokens_are_refused() -> None:

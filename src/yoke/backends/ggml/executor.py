@@ -6,7 +6,7 @@ from ctypes import byref
 import numpy as np
 
 from yoke.backends.cells import CellTable
-from yoke.backends.ggml.graph import Array, GraphKey, RecordedGraph, Recorder, Storage, host_view
+from yoke.backends.ggml.graph import Array, GraphKey, RecordedGraph, Recorder, Segment, Storage
 from yoke.backends.ggml.library import Library, ThreadpoolParams
 from yoke.backends.ggml.memory import Arena
 from yoke.backends.ops import Floats, Program, ShardShape, check_hidden, output_row_indices
@@ -57,12 +57,11 @@ class GgmlExecutor:
             "rows": rows,
         }
         graph.fill(values, masks)
-        for segment, exchanged in graph.segments:
-            status = self._library.backend_graph_compute(self._backend, segment)
+        for segment in graph.segments:
+            status = self._library.backend_graph_compute(self._backend, segment.graph)
             if status != 0:
                 raise BackendError(f"ggml failed to compute a graph of {key} (status {status})")
-            if exchanged is not None:
-                self._exchange(exchanged)
+            self._exchange(segment)
         return graph.result().reshape(key.n_outputs if self._program.shape.is_last else key.n_tokens, -1)
 
     def close(self) -> None:
@@ -95,9 +94,13 @@ class GgmlExecutor:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         recorder = Recorder(self._library, key, self._program.shape, self._storage, self._program.reducer.size > 1)
-        graph = RecordedGraph(self._library, recorder, self._program.text(recorder, recorder.x))
+        try:
+            graph = RecordedGraph(self._library, recorder, self._program.text(recorder, recorder.x))
+        except BaseException:
+            self._library.free(recorder.context)
+            raise
         before = self._library.gallocr_get_buffer_size(self._allocator, 0)
-        graph.allocate(self._allocator)
+        graph.allocate(self._allocator, self._on_host)
         if self._library.gallocr_get_buffer_size(self._allocator, 0) != before:
             self._drop_graphs()  # the shared buffer moved, so the graphs that lie in it are void
         elif len(self._graphs) >= KEPT_GRAPHS:
@@ -110,14 +113,15 @@ class GgmlExecutor:
             graph.close()
         self._graphs.clear()
 
-    def _exchange(self, handle: int) -> None:
-        if self._on_host:
-            self._program.reducer.all_reduce(host_view(self._library, handle))
-            return
-        values = np.empty(self._library.nbytes(handle) // 4, dtype=np.float32)
-        self._library.backend_tensor_get(handle, values.ctypes.data, 0, values.nbytes)
-        self._program.reducer.all_reduce(values)
-        self._library.backend_tensor_set(handle, values.ctypes.data, 0, values.nbytes)
+    def _exchange(self, segment: Segment) -> None:
+        """Sum what the segment computed over all ranks, in place."""
+        if segment.view is not None:
+            self._program.reducer.all_reduce(segment.view)
+        elif segment.exchanged is not None:
+            values = np.empty(self._library.nbytes(segment.exchanged) // 4, dtype=np.float32)
+            self._library.backend_tensor_get(segment.exchanged, values.ctypes.data, 0, values.nbytes)
+            self._program.reducer.all_reduce(values)
+            self._library.backend_tensor_set(segment.exchanged, values.ctypes.data, 0, values.nbytes)
 
 
 def _empty_cache(arena: Arena, shape: ShardShape) -> list[tuple[int, int]]:

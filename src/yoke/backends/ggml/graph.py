@@ -159,8 +159,17 @@ class Recorder:
         return self.inputs[name]
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a graph between exchanges. ``exchanged`` is the tensor whose sum the ranks exchange after it, ``view`` its floats if they lie on the host."""
+
+    graph: int
+    exchanged: int | None
+    view: Floats | None = None
+
+
 class RecordedGraph:
-    """A graph for one batch shape, ready to be filled and computed. ``segments`` are (graph, tensor to exchange after it or None)."""
+    """A graph for one batch shape, ready to be filled and computed, segment by segment."""
 
     def __init__(self, library: Library, recorder: Recorder, output: int) -> None:
         self._library, self._recorder = library, recorder
@@ -169,24 +178,25 @@ class RecordedGraph:
         self.output = output
         self.n_output_floats = library.nbytes(output) // 4
 
-    def allocate(self, allocator: int) -> None:
-        """Give every tensor its place; call once, with the allocator that all graphs of the executor share."""
+    def allocate(self, allocator: int, on_host: bool) -> None:
+        """Give every tensor its place; call once, with the allocator that all graphs of the executor share. ``on_host``: that place is the CPU's memory."""
         if not self._library.gallocr_alloc_graph(allocator, self._recorder.graph):
             raise BackendError(f"the device has no room for the compute buffers of {self._recorder.inputs}")
-        self.segments = self._cut()
+        self.segments = self._cut(on_host)
 
-    def _cut(self) -> list[tuple[int, int | None]]:
+    def _cut(self, on_host: bool) -> list[Segment]:
         """One graph when nothing is exchanged, else one for each stretch between exchanges, over the same nodes."""
         library, recorder = self._library, self._recorder
         if not recorder.cuts:
-            return [(recorder.graph, None)]
-        segments: list[tuple[int, int | None]] = []
+            return [Segment(recorder.graph, None)]
+        segments: list[Segment] = []
         start = 0
         for stop, exchanged in [*recorder.cuts, (library.graph_n_nodes(recorder.graph), None)]:
             segment = library.new_graph_custom(recorder.context, max(1, stop - start), False)
             for index in range(start, stop):
                 library.graph_add_node(segment, library.graph_node(recorder.graph, index))
-            segments.append((segment, exchanged))
+            view = _host_view(library, exchanged) if on_host and exchanged is not None else None
+            segments.append(Segment(segment, exchanged, view))
             start = stop
         return segments
 
@@ -216,7 +226,7 @@ class RecordedGraph:
         self._library.free(self._recorder.context)
 
 
-def host_view(library: Library, handle: int) -> Floats:
+def _host_view(library: Library, handle: int) -> Floats:
     """The floats of a tensor that lies in the CPU's memory, without a copy."""
     n_floats = library.nbytes(handle) // 4
     pointer = ctypes.cast(library.get_data(handle), ctypes.POINTER(ctypes.c_float))

@@ -1,0 +1,131 @@
+"""`yoke serve` over several nodes, and machines that join it."""
+
+import json
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytestmark = pytest.mark.processes
+
+PROMPTS = [
+    "And the LORD said unto",
+    "In the beginning",
+    "Blessed are the",
+    "And it came to pass",
+    "Thou shalt not",
+    "The LORD is my",
+    "And God saw",
+    "Now when",
+    "Behold",
+]
+
+
+@pytest.fixture(scope="module")
+def texts(pool):
+    """What the pool writes after each prompt when nothing else runs."""
+    return {prompt: pool.complete(prompt, 40) for prompt in PROMPTS}
+
+
+def test_a_client_of_openai_completes_whole_and_streamed(pool):
+    with pool.openai() as client:
+        whole = client.completions.create(model=pool.model, prompt=PROMPTS[0], max_tokens=16, temperature=0)
+        assert whole.choices[0].text.startswith(" Moses")
+        assert whole.usage.completion_tokens == 16
+        stream = client.completions.create(
+            model=pool.model, prompt=PROMPTS[0], max_tokens=16, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = list(stream)
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+        assert chunks[-1].usage.completion_tokens == 16
+
+
+def test_a_client_of_openai_chats_with_a_template_from_a_file(pool):
+    messages = [{"role": "system", "content": "In the"}, {"role": "user", "content": "beginning"}]
+    with pool.openai() as client:
+        whole = client.chat.completions.create(model=pool.model, messages=messages, max_tokens=16, temperature=0)
+        stream = client.chat.completions.create(model=pool.model, messages=messages, max_tokens=16, temperature=0, stream=True)
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert streamed == whole.choices[0].message.content != ""
+        assert client.models.list().data[0].id == pool.model
+
+
+def test_nine_requests_at_once_get_the_nine_texts_that_they_get_alone(pool, texts):
+    assert len(set(texts.values())) == len(PROMPTS)
+    with ThreadPoolExecutor(len(PROMPTS)) as threads:
+        together = dict(zip(PROMPTS, threads.map(lambda prompt: pool.complete(prompt, 40), PROMPTS), strict=True))
+    assert together == texts
+
+
+def test_the_pool_writes_what_one_node_writes(pool, texts, yoke, kjv):
+    alone = json.loads(yoke.run("run", kjv, "-p", PROMPTS[1], "-n", 40, "--json").out)
+    assert alone["text"] == texts[PROMPTS[1]]
+
+
+def test_status_shows_every_worker(pool, yoke):
+    status = json.loads(yoke.run("status", "--url", pool.url, "--json").out)
+    assert (status["model"], len(status["nodes"]), len(status["stages"])) == (pool.model, 3, 3)
+    text = yoke.run("status", "--url", pool.url).out
+    assert all(node["name"] in text for node in status["nodes"])
+    assert "3 node(s), 0 session(s) running, 0 waiting" in text
+    assert "where the time went" in text
+
+
+def test_status_as_json_has_every_documented_field(pool, yoke, repository):
+    section = (repository / "docs" / "cli.md").read_text().partition("\n## `yoke status`")[2].partition("\n## ")[0]
+    assert set(json.loads(yoke.run("status", "--url", pool.url, "--json").out)) == set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+
+
+def test_a_client_that_leaves_frees_its_session(yoke, endless):
+    server = yoke.serve(endless, "--local-nodes", 2)
+    with server.stream(n=8000) as lines:
+        next(lines)
+        assert server.status()["running"] == 1
+    server.wait_idle()
+    assert server.complete("abc", 8) != ""
+    assert server.stop() == 130
+    assert yoke.leftovers() == []
+
+
+def test_a_machine_without_the_model_joins_and_holds_a_part(yoke, make_yoke, kjv, pool, texts):
+    server = yoke.start("serve", kjv, "--port", 0, "--nodes", 2, "--stages", 2, "--cluster-host", "127.0.0.1", kind=type(pool))
+    invite = server.wait_for(r"yoke join (\S+)")[1]
+    other = make_yoke("attic")
+    member = other.start("join", invite, "--name", "attic-pc")
+    member.wait_for("joined as attic-pc", stream="err")
+    server.ready()
+    assert "attic-pc joined" in server.err
+    assert {node["name"] for node in server.status()["nodes"]} >= {"attic-pc"}
+    assert {stage["node"] for stage in server.status()["stages"]} >= {"attic-pc"}
+    assert not list(other.home.rglob("*.gguf"))
+    assert server.complete(PROMPTS[1], 40) == texts[PROMPTS[1]]
+    late = make_yoke("cellar").start("join", invite, "--name", "late")
+    late.wait_for("joined as late", stream="err")
+    assert server.complete(PROMPTS[2], 40) == texts[PROMPTS[2]]
+    assert late.stop() == 130
+    assert server.complete(PROMPTS[3], 40) == texts[PROMPTS[3]]
+    assert server.stop() == 130
+    assert member.wait(10) == 3
+    assert "the coordinator is gone" in member.err
+
+
+def test_two_machines_with_one_key_are_told_so(yoke, kjv, pool):
+    server = yoke.start("serve", kjv, "--port", 0, "--nodes", 2, kind=type(pool))
+    invite = server.wait_for(r"yoke join (\S+)")[1]
+    member = yoke.start("join", invite)
+    assert member.wait(20) == 3
+    assert "--state-dir" in member.err
+    assert "joined" not in member.err
+    assert server.stop() == 130
+
+
+def test_other_streams_go_on_while_requests_come_and_go(pool, texts):
+    seen = []
+    with pool.stream(PROMPTS[4], 400, ignore_eos=True) as lines:
+        reader = threading.Thread(target=lambda: seen.extend(lines))
+        reader.start()
+        for prompt in PROMPTS[:3]:
+            assert pool.complete(prompt, 40) == texts[prompt]
+        reader.join(30)
+    assert seen[-1] == "[DONE]"
