@@ -2,16 +2,19 @@
 
 import contextlib
 import os
-import pty
 import re
 import select
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
+pty = pytest.importorskip("pty")
 pytestmark = pytest.mark.processes
+
+TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 class Terminal:
@@ -21,7 +24,8 @@ class Terminal:
         self.screen = ""
         self.end, far = pty.openpty()
         command = [*yoke.program, "chat", *map(str, arguments)]
-        self.process = subprocess.Popen(["setsid", "--ctty", *command], stdin=far, stdout=far, stderr=far, env=yoke.env | {"TERM": "dumb"}, cwd=yoke.home)
+        options = {"stdin": far, "stdout": far, "stderr": far, "env": yoke.env | {"TERM": "dumb"}, "cwd": yoke.home}
+        self.process = subprocess.Popen([sys.executable, "-c", TAKE_TERMINAL, *command], start_new_session=True, **options)
         os.close(far)
 
     def read(self, seconds):

@@ -3,12 +3,16 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 import httpx
 import pytest
 
 pytestmark = pytest.mark.processes
+
+if sys.platform == "win32":
+    pytest.skip("these signals are POSIX's", allow_module_level=True)
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGHUP: 130, signal.SIGKILL: -9}

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from yoke.backends.ops import CacheType
 from yoke.core.clock import Clock, SystemClock
 from yoke.core.errors import AdmissionError, NodeError, NodeGone, RemoteProtocolError, RequestError, SettingError, YokeError
-from yoke.core.node import Link, Node, NodeId
+from yoke.core.node import Node, NodeId
 from yoke.core.request import ClusterStatus, Event, Finished, ModelCard, Request, StageTimes
 from yoke.net.group import WireType
 from yoke.net.identity import Identity, admission_server_context
@@ -144,7 +144,7 @@ class Coordinator:
         YokeError
             what a worker says, if it cannot load its shard.
         """
-        outlook = make_plan(model.spec, self.nodes, self._links(), wish)
+        outlook = make_plan(model.spec, self.nodes, (), wish)  # links are not measured; the planner takes them for wired ones
         self._model, self._outlook = model, outlook
         places = list(outlook.plan.places())
         members = [shard.node for _, _, shard in places]
@@ -287,6 +287,8 @@ class Coordinator:
 
     async def _hear(self, worker: _Worker, message: say.FromWorker) -> None:
         match message:
+            case say.Answer() if worker.link.id != self._identity.id:
+                raise RemoteProtocolError(f"{worker.link.name} answers requests, but the engine is not there")
             case say.Answer(id=request_id):
                 if message.error is not None and isinstance(failure := say.noted_error(message.error), NodeError):
                     self._tasks.start(self._fail_late(failure))
@@ -342,9 +344,6 @@ class Coordinator:
 
     def _is_used(self, node: NodeId) -> bool:
         return self._outlook is not None and any(shard.node == node for _, _, shard in self._outlook.plan.places())
-
-    def _links(self) -> Sequence[Link]:
-        return ()
 
     def _peer(self, link: WorkerLink) -> say.Peer:
         return say.Peer(id=link.id, certificate=link.ready.certificate, host=link.host, port=link.ready.port)
