@@ -1,15 +1,18 @@
 """What a split gains: one node against two ranks and two stages, one thread a node, each node pinned to its own processor, over TLS on loopback.
 
-usage: python benchmarks/splits.py [--runs 5] [--sessions 1,2,4] [--spin-us 0] [--wire-type float32]
+The cases run in turn, so that ratios hold when the machine's speed drifts; medians are printed.
+
+usage: python benchmarks/splits.py [--rounds 5] [--sessions 1,2,4] [--spin-us 100] [--wire-type float32]
 """
 
 import argparse
 import asyncio
 import contextlib
 import os
+import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,17 @@ from yoke.node.coordinator import Coordinator
 from yoke.node.local import Layout, load_settings, open_coordinator, wish_of
 from yoke.node.model import Model
 
+Result = dict[str, Any]
 CASES = (("one node", 1, 1), ("two ranks", 1, 2), ("two stages", 2, 1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sessions", default="1,2,4")
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument("--spin-us", default="0")
+    parser.add_argument("--decode", type=int, default=128)
+    parser.add_argument("--spin-us", default="100")
     parser.add_argument("--wire-type", default="float32")
     parser.add_argument("--cases", default="one node,two ranks,two stages")
     arguments = parser.parse_args()
@@ -38,17 +42,14 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {0})  # this machine's worker inherits it; the other nodes are pinned as they are started
     for n_sessions in map(int, arguments.sessions.split(",")):
-        base: dict[str, Any] | None = None
-        for name, stages, ranks in CASES:
-            if name not in arguments.cases:
-                continue
-            work = Workload(prompt_tokens=arguments.prompt, decode_tokens=arguments.decode, sessions=n_sessions, runs=arguments.runs)
-            result = asyncio.run(run_case(stages, ranks, work, arguments))
-            base = base or result
-            report(name, result, base, work)
+        work = Workload(prompt_tokens=arguments.prompt, decode_tokens=arguments.decode, sessions=n_sessions, runs=1)
+        cases = [case for case in CASES if case[0] in arguments.cases]
+        rounds = [{name: asyncio.run(run_case(stages, ranks, work, arguments)) for name, stages, ranks in cases} for _ in range(arguments.rounds)]
+        for name, _, _ in cases:
+            report(name, [(results[name], results[cases[0][0]]) for results in rounds], n_sessions)
 
 
-async def run_case(stages: int, ranks: int, work: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
+async def run_case(stages: int, ranks: int, work: Workload, arguments: argparse.Namespace) -> Result:
     path = model_1b()
     cells = -(-work.sessions * (work.prompt_tokens + work.decode_tokens) // 256) * 256
     with tempfile.TemporaryDirectory() as directory:
@@ -82,15 +83,22 @@ async def pinned_node(cluster: Coordinator, index: int, directory: str, spin_us:
         await process.wait()
 
 
-def report(name: str, result: dict[str, Any], base: dict[str, Any], work: Workload) -> None:
-    steps = max(1, *(stage["steps"] for stage in result["stages"]))
-    collective = max(stage["collective_s"] for stage in result["stages"]) / steps * 1e3
-    wire = sum(stage["wire_s"] for stage in result["stages"]) / steps * 1e3
-    decode, prefill = result["decode_tokens_per_s"], result["prefill_tokens_per_s"]
-    gain, prefill_gain = decode / base["decode_tokens_per_s"], prefill / base["prefill_tokens_per_s"]
+def report(name: str, pairs: list[tuple[Result, Result]], n_sessions: int) -> None:
+    """Medians of a case, and of its ratios to the first case of the same round."""
+
+    def middle(figure: Callable[[Result], float]) -> float:
+        return statistics.median(figure(result) for result, _ in pairs)
+
+    def gain(figure: str) -> float:
+        return statistics.median(result[figure] / base[figure] for result, base in pairs)
+
+    def per_step(result: Result, clock: str) -> float:
+        return max(stage[clock] / max(1, stage["steps"]) for stage in result["stages"]) * 1e3
+
     print(
-        f"{work.sessions} session(s), {name}: decode {decode:.1f} tokens/s ({gain:.2f}x), prefill {prefill:.1f} ({prefill_gain:.2f}x), "
-        f"collectives {collective:.2f} ms and sending {wire:.2f} ms a step",
+        f"{n_sessions} session(s), {name}: decode {middle(lambda r: r['decode_tokens_per_s']):.1f} tokens/s ({gain('decode_tokens_per_s'):.2f}x), "
+        f"prefill {middle(lambda r: r['prefill_tokens_per_s']):.1f} ({gain('prefill_tokens_per_s'):.2f}x); "
+        f"a step: collectives {middle(lambda r: per_step(r, 'collective_s')):.2f} ms, sending {middle(lambda r: per_step(r, 'wire_s')):.2f} ms",
         flush=True,
     )
 

@@ -83,7 +83,7 @@ SETTINGS: tuple[Setting, ...] = (
         choices=("float32", "float16", "q8_0"),
     ),
     Setting(
-        name="spin_us", default=0, unit="microseconds", help="how long a receive asks again before it sleeps; only with a core to spare", least=0, most=10_000
+        name="spin_us", default=100, unit="microseconds", help="how long a receive asks again before it sleeps; 0 where nodes share cores", least=0, most=10_000
     ),
     Setting(name="host", default="127.0.0.1", unit="address", help="where the HTTP API listens; other than loopback needs api_key"),
     Setting(name="port", default=8080, unit="", help="port of the HTTP API; 0 is any", least=0, most=65535),

@@ -111,6 +111,7 @@ class _Exchange:
     """What an all-reduce of one length needs: for each rank, where its contribution arrives as bytes, and as the wire's elements. None for this rank itself."""
 
     wire_bytes: int
+    chunks: tuple[tuple[int, int], ...]
     arrivals: tuple[tuple[Channel, memoryview], ...]
     contributions: tuple[npt.NDArray[Any] | None, ...]
 
@@ -175,12 +176,12 @@ class ChannelGroup:
             return
         exchange = self._exchanges.get(view.size) or self._prepare(view.size)
         outgoing = _pack(view, self._wire)
-        for start in range(0, exchange.wire_bytes, CHUNK_BYTES):
-            part = outgoing[start : start + CHUNK_BYTES]
+        for start, stop in exchange.chunks:
+            part = outgoing[start:stop]
             for channel in self._peers:
                 channel.send(part)
             for channel, arrival in exchange.arrivals:
-                channel.receive_into(arrival[start : start + CHUNK_BYTES])
+                channel.receive_into(arrival[start:stop])
         self._sum(view, exchange)
         self._bytes_sent += exchange.wire_bytes * len(self._peers)
         self._collective_s += perf_counter() - started
@@ -220,6 +221,7 @@ class ChannelGroup:
         rooms = {peer: self._reserve(peer, wire_bytes) for peer in self._channels}
         exchange = _Exchange(
             wire_bytes=wire_bytes,
+            chunks=tuple((start, min(wire_bytes, start + CHUNK_BYTES)) for start in range(0, wire_bytes, CHUNK_BYTES)),
             arrivals=tuple((channel, rooms[peer].data) for peer, channel in self._channels.items()),
             contributions=tuple(rooms[rank].view(_ELEMENTS[self._wire]) if rank in rooms else None for rank in range(self._size)),
         )

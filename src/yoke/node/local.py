@@ -62,6 +62,8 @@ async def open_coordinator(settings: Settings, layout: Layout, on_ready: Callabl
 def start_message(settings: Settings, n_local_nodes: int = 1) -> say.Start:
     """What a worker of this machine is told first; nodes that share a machine share its cores and memory."""
     directory = state_directory(settings, os.environ)
+    threads = settings.threads or max(1, physical_cores() // n_local_nodes)
+    has_own_cores = threads * n_local_nodes <= physical_cores()  # asking again and again takes time from whoever needs the same core
     return say.Start(
         state_dir=str(directory),
         name=machine_name(),
@@ -69,8 +71,8 @@ def start_message(settings: Settings, n_local_nodes: int = 1) -> say.Start:
         backend=settings.backend,
         library=settings.library,
         device=settings.device,
-        threads=settings.threads or max(1, physical_cores() // n_local_nodes),
-        spin_s=settings.spin_us / 1e6,
+        threads=threads,
+        spin_s=settings.spin_us / 1e6 if has_own_cores else 0.0,
         memory_share=settings.memory_share / n_local_nodes,
     )
 
@@ -137,7 +139,16 @@ async def _local_nodes(coordinator: Coordinator, settings: Settings, n_nodes: in
         yield
         return
     start = start_message(settings, n_nodes)
-    flags = ["--threads", str(start.threads), "--memory-share", str(start.memory_share), "--backend", settings.backend, "--spin-us", str(settings.spin_us)]
+    flags = [
+        "--threads",
+        str(start.threads),
+        "--memory-share",
+        str(start.memory_share),
+        "--backend",
+        settings.backend,
+        "--spin-us",
+        str(round(start.spin_s * 1e6)),
+    ]
     flags += ["--library", settings.library] if settings.library else []
     with tempfile.TemporaryDirectory(prefix="yoke-nodes-") as directory:
         nodes: list[asyncio.subprocess.Process] = []

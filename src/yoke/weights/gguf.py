@@ -6,6 +6,7 @@ Knows bytes and shapes; not what a model is. Why not the gguf package's reader: 
 import hashlib
 import mmap
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -22,8 +23,6 @@ __all__ = ["ArrayInfo", "GgufFile", "MetadataValue", "Scalar"]
 
 Range = tuple[int, int]
 
-_MANY_ROWS = 64
-
 # Smallest GGUF: magic, version and two counts. An empty file cannot be mapped at all.
 _LEAST_FILE_BYTES = 24
 
@@ -35,8 +34,10 @@ class GgufFile:
     are rows first. Reading is thread-safe; closing is not.
     """
 
-    def __init__(self, path: Path, mapping: mmap.mmap, header: Header) -> None:
+    def __init__(self, path: Path, mapped: tuple[int, mmap.mmap], header: Header) -> None:
         self.path = path
+        self._descriptor, mapping = mapped
+        self._reading = threading.Lock()
         self.metadata: Mapping[str, MetadataValue] = MappingProxyType(header.metadata)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(header.tensors)
         self.version = header.version
@@ -44,8 +45,6 @@ class GgufFile:
         self._mapping = mapping
         self._header = header
         self._view = memoryview(mapping)
-        self._rows: dict[str, npt.NDArray[np.uint8]] = {}
-        self._n_touched = 0
         self._digest: str | None = None
 
     @classmethod
@@ -58,7 +57,7 @@ class GgufFile:
             if the file cannot be opened, is no GGUF, is cut short or damaged, is one part of a split model, or holds a tensor type that Yoke does not know.
         """
         path = Path(path)
-        mapping = _map(path)
+        descriptor, mapping = _map(path)
         view = memoryview(mapping)
         try:
             header = read_header(view, str(path))
@@ -68,13 +67,16 @@ class GgufFile:
         except BaseException:
             view.release()
             mapping.close()
+            os.close(descriptor)
             raise
         view.release()
-        return cls(path, mapping, header)
+        return cls(path, (descriptor, mapping), header)
 
     def close(self) -> None:
         """Unmap the file. Views that :meth:`read` gave out stay valid: then the file stays mapped until the last of them is gone."""
-        self._rows.clear()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
         try:
             self._view.release()
             self._mapping.close()
@@ -215,15 +217,20 @@ class GgufFile:
             return np.empty((0, info.shape[1]), dtype=np.float32)
         if any(not 0 <= i < info.shape[0] for i in ids):
             raise self._error(f"rows {min(ids)}..{max(ids)} of tensor {name!r} are wanted; it has {info.shape[0]}")
-        table = self._rows.get(name)
-        if table is None:
-            table = self._rows[name] = np.frombuffer(self._bytes(info), dtype=np.uint8).reshape(info.shape[0], -1)
-        rows = dequantize(info.type, table[list(ids)])
-        self._n_touched += len(ids)
-        if self._n_touched > _MANY_ROWS:
-            self._advise(name, "MADV_DONTNEED")  # the system maps 64 kB around each row; soon most of the table would be in memory
-            self._n_touched = 0
-        return rows
+        stored = np.empty((len(ids), info.type.row_bytes(info.shape[1])), dtype=np.uint8)
+        self._read_rows(name, ids, stored)
+        return dequantize(info.type, stored)
+
+    def _read_rows(self, name: str, ids: Sequence[int], stored: npt.NDArray[np.uint8]) -> None:
+        """Read single rows past the mapping, which would bring 64 kB around each of them into memory, and take longer."""
+        start, row_bytes = self._header.offsets[name], stored.shape[1]
+        with self._reading:
+            for index, row in enumerate(ids):
+                os.lseek(self._descriptor, start + row * row_bytes, os.SEEK_SET)
+                data = os.read(self._descriptor, row_bytes)
+                if len(data) != row_bytes:
+                    raise self._error(f"ends inside tensor {name!r}; it was cut short while it was in use")
+                stored[index] = np.frombuffer(data, dtype=np.uint8)
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
@@ -283,12 +290,17 @@ def dequantize(tensor_type: TensorType, data: npt.NDArray[np.uint8]) -> npt.NDAr
     return rows
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> tuple[int, mmap.mmap]:
+    """A descriptor of the file, and the whole of it mapped."""
     try:
-        with path.open("rb") as file:
-            n_bytes = os.fstat(file.fileno()).st_size
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        try:
+            n_bytes = os.fstat(descriptor).st_size
             if n_bytes < _LEAST_FILE_BYTES:
                 raise ModelError(f"{path}: has {n_bytes} bytes; a GGUF file has at least {_LEAST_FILE_BYTES}. Download it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        except BaseException:
+            os.close(descriptor)
+            raise
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be opened: {error}; expected a GGUF file") from error
