@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from workload import model_1b
 
 from yoke.cli.bench import Workload, measure
@@ -32,15 +33,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sessions", default="1,2,4")
-    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=4)
     parser.add_argument("--decode", type=int, default=128)
     parser.add_argument("--spin-us", default="100")
     parser.add_argument("--wire-type", default="float32")
     parser.add_argument("--cases", default="one node,two ranks,two stages")
     arguments = parser.parse_args()
     os.environ["GGML_NO_BACKTRACE"] = "1"
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {0})  # this machine's worker inherits it; the other nodes are pinned as they are started
     for n_sessions in map(int, arguments.sessions.split(",")):
         work = Workload(prompt_tokens=arguments.prompt, decode_tokens=arguments.decode, sessions=n_sessions, runs=1)
         cases = [case for case in CASES if case[0] in arguments.cases]
@@ -67,8 +66,18 @@ async def run_case(stages: int, ranks: int, work: Workload, arguments: argparse.
             for index in range(1, stages * ranks):
                 await stack.enter_async_context(pinned_node(started[0], index, f"{directory}/{index}", arguments.spin_us))
             cluster = await joining
+            pin_own_worker()
             await cluster.load(model, wish_of(settings, layout, cells), load_settings(settings, settings.context, cells))
             return await measure(cluster, work)
+
+
+def pin_own_worker() -> None:
+    """The first node's worker to the first processor; the other nodes are pinned as they are started, and this process goes where there is room."""
+    if hasattr(os, "sched_setaffinity"):
+        for child in psutil.Process().children():
+            if "yoke.node.worker" in child.cmdline():
+                for thread in child.threads():
+                    os.sched_setaffinity(thread.id, {0})
 
 
 @contextlib.asynccontextmanager
@@ -92,13 +101,13 @@ def report(name: str, pairs: list[tuple[Result, Result]], n_sessions: int) -> No
     def gain(figure: str) -> float:
         return statistics.median(result[figure] / base[figure] for result, base in pairs)
 
-    def per_step(result: Result, clock: str) -> float:
-        return max(stage[clock] / max(1, stage["steps"]) for stage in result["stages"]) * 1e3
+    def per_token(result: Result, clock: str) -> float:
+        return max(stage[clock] / max(1, stage["tokens"]) for stage in result["stages"]) * 1e3
 
     print(
         f"{n_sessions} session(s), {name}: decode {middle(lambda r: r['decode_tokens_per_s']):.1f} tokens/s ({gain('decode_tokens_per_s'):.2f}x), "
         f"prefill {middle(lambda r: r['prefill_tokens_per_s']):.1f} ({gain('prefill_tokens_per_s'):.2f}x); "
-        f"a step: collectives {middle(lambda r: per_step(r, 'collective_s')):.2f} ms, sending {middle(lambda r: per_step(r, 'wire_s')):.2f} ms",
+        f"a token: collectives {middle(lambda r: per_token(r, 'collective_s')):.2f} ms, sending {middle(lambda r: per_token(r, 'wire_s')):.2f} ms",
         flush=True,
     )
 

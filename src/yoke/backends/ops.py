@@ -134,6 +134,15 @@ class Backend(Protocol):
     def devices(self) -> tuple[Device, ...]:
         """Every device that this build offers, measured. Takes a second or two."""
 
+    def dequantize(self, tensor: StoredTensor) -> Floats:
+        """A stored matrix's values [rows, columns]: the embedding look-up.
+
+        Raises
+        ------
+        BackendError
+            if the library does not know the type.
+        """
+
     def open(self, program: Program, *, device: str, threads: int) -> Executor:
         """Load a shard on a device.
 

@@ -158,6 +158,10 @@ class ReferenceBackend:
         free = psutil.virtual_memory().available
         return (Device(name="CPU", description="numpy", backend=self.name, free_bytes=free, matvec_bytes_per_s=NOMINAL_BYTES_PER_S),)
 
+    def dequantize(self, tensor: StoredTensor) -> Floats:
+        """The values."""
+        return dequantize(tensor)
+
     def open(self, program: Program, *, device: str, threads: int) -> ReferenceExecutor:
         """Load a shard; numpy chooses its own threads."""
         return ReferenceExecutor(program)

@@ -136,9 +136,10 @@ class TcpChannel:
     def _await_bytes(self, deadline: float | None) -> None:
         """Return when there may be something to read: ask for ``spin_s`` without sleeping, then sleep."""
         if self._spin_s:
-            stop = time.perf_counter() + self._spin_s
-            while time.perf_counter() < stop:
-                if self._wait_readable(0.0):
+            ready, now = self._wait_readable, time.perf_counter
+            stop = now() + self._spin_s
+            while now() < stop:
+                if ready(0.0):
                     return
         self._wait(self._wait_readable, deadline)
 

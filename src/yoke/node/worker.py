@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +19,7 @@ import numpy as np
 
 import yoke
 from yoke.backends.ggml.backend import GgmlBackend
-from yoke.backends.ops import Backend, Program, ShardShape
+from yoke.backends.ops import Backend, Floats, Program, ShardShape
 from yoke.backends.reference import ReferenceBackend
 from yoke.core.clock import SystemClock
 from yoke.core.errors import BackendError, InvariantError, NodeError, NodeGone, RemoteProtocolError, SettingError, YokeError
@@ -158,7 +158,7 @@ class Worker:
 
     def _join_group(self, load: say.Load, wires: Wires) -> Group:
         group: Group = ChannelGroup(load.rank, wires.group, load.wire_type) if wires.group else SoloGroup()
-        self._late.group = group
+        self._late.all_reduce = group.all_reduce
         return group
 
     def _serve_engine(self, load: say.Load, runner: StageRunner, wires: Wires, limits: Limits) -> None:
@@ -169,7 +169,7 @@ class Worker:
         self._intake = Intake(spec, tokenizer, template, load.context)
         depth = len(load.plan.stages)
         scheduler = Scheduler(SchedulerLimits(n_cells=load.n_cells, chunk=load.chunk, max_sessions=load.max_sessions, depth=depth))
-        pipeline = Pipeline(runner, load.plan.version, lambda tokens: self._file.dequantized_rows("token_embd.weight", tokens), wires.mates, wires.following)
+        pipeline = Pipeline(runner, load.plan.version, self._embed, wires.mates, wires.following)
         engine = Engine(scheduler, pipeline, tokenizer, lambda request_id, event: self._control.send(say.event_answer(request_id, event)), self._clock)
         if wires.result is not None:
             result = wires.result
@@ -177,6 +177,10 @@ class Worker:
         self._engine = engine
         self._control.send(say.Loaded(has_chat_template=template is not None))
         engine.run()
+
+    def _embed(self, tokens: Sequence[int]) -> Floats:
+        """The residual stream's beginning [T, D], from rows of the file."""
+        return self._backend.dequantize(self._file.stored_rows("token_embd.weight", tokens))
 
     def _report(self, total: int) -> Callable[[int], None]:
         return lambda done: self._control.send(say.Progress(done_bytes=done, total_bytes=total))
@@ -241,10 +245,7 @@ class _LateGroup:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.group: Group = SoloGroup()
-
-    def all_reduce(self, view: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]") -> None:
-        self.group.all_reduce(view)
+        self.all_reduce: Callable[[Floats], None] = SoloGroup().all_reduce
 
 
 def open_backend(name: str, library: str, threads: int) -> Backend:

@@ -210,27 +210,34 @@ class GgufFile:
         ModelError
             if there is no such matrix, an id is out of bounds, or the type cannot be dequantised.
         """
+        if not ids:
+            return np.empty((0, self._info(name).shape[-1]), dtype=np.float32)
+        rows = self.stored_rows(name, ids)
+        return dequantize(rows.info.type, np.frombuffer(rows.data, dtype=np.uint8).reshape(len(ids), -1))
+
+    def stored_rows(self, name: str, ids: Sequence[int]) -> StoredTensor:
+        """Rows of a matrix as they are stored, in any order, with repetitions, at least one.
+
+        They are read past the mapping, which would bring 64 kB around each of them into memory, and take longer.
+
+        Raises
+        ------
+        ModelError
+            if there is no such matrix, or an id is out of bounds.
+        """
         info = self._info(name)
         if len(info.shape) != 2:
             raise self._error(f"tensor {name!r} has shape {info.shape}; expected a matrix")
-        if not ids:
-            return np.empty((0, info.shape[1]), dtype=np.float32)
         if any(not 0 <= i < info.shape[0] for i in ids):
             raise self._error(f"rows {min(ids)}..{max(ids)} of tensor {name!r} are wanted; it has {info.shape[0]}")
-        stored = np.empty((len(ids), info.type.row_bytes(info.shape[1])), dtype=np.uint8)
-        self._read_rows(name, ids, stored)
-        return dequantize(info.type, stored)
-
-    def _read_rows(self, name: str, ids: Sequence[int], stored: npt.NDArray[np.uint8]) -> None:
-        """Read single rows past the mapping, which would bring 64 kB around each of them into memory, and take longer."""
-        start, row_bytes = self._header.offsets[name], stored.shape[1]
+        start, row_bytes = self._header.offsets[name], info.type.row_bytes(info.shape[1])
+        rows = []
         with self._reading:
-            for index, row in enumerate(ids):
+            for row in ids:
                 os.lseek(self._descriptor, start + row * row_bytes, os.SEEK_SET)
-                data = os.read(self._descriptor, row_bytes)
-                if len(data) != row_bytes:
-                    raise self._error(f"ends inside tensor {name!r}; it was cut short while it was in use")
-                stored[index] = np.frombuffer(data, dtype=np.uint8)
+                rows.append(os.read(self._descriptor, row_bytes))
+        part = TensorInfo(name=name, type=info.type, shape=(len(rows), info.shape[1]))
+        return StoredTensor(info=part, data=b"".join(rows))
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)

@@ -10,6 +10,7 @@ import psutil
 from yoke.backends.ggml.executor import CPU_TYPE, GgmlExecutor
 from yoke.backends.ggml.library import Library, load_library
 from yoke.backends.ops import Floats, Ops, Program, ShardShape, SoloReducer, TensorT
+from yoke.core.errors import BackendError
 from yoke.core.frame import Batch
 from yoke.core.node import Device
 from yoke.core.tensor import StoredTensor, TensorInfo, TensorType
@@ -44,6 +45,18 @@ class GgmlBackend:
         """Each device under its own name, with its measured matrix-vector speed. About half a second a device."""
         handles = [self._library.backend_dev_get(index) for index in range(self._library.backend_dev_count())]
         return tuple(self._describe(handle) for handle in handles)
+
+    def dequantize(self, tensor: StoredTensor) -> Floats:
+        """Values by ggml's own conversion: one call, where the gguf package takes a dozen numpy operations for a row."""
+        values: Floats = np.empty(tensor.info.shape, dtype=np.float32)
+        data = np.frombuffer(tensor.data, dtype=np.uint8)
+        if tensor.info.type is TensorType.F32:
+            return data.view(np.float32).reshape(tensor.info.shape)
+        traits = self._library.get_type_traits(tensor.info.type).contents
+        if not traits.to_float or (traits.blck_size, traits.type_size) != (tensor.info.type.block, tensor.info.type.block_bytes):
+            raise BackendError(f"ggml {self.version} cannot read values of type {tensor.info.type.name}")
+        traits.to_float(data.ctypes.data, values.ctypes.data, values.size)
+        return values
 
     def open(self, program: Program, *, device: str, threads: int) -> GgmlExecutor:
         """Load a shard on a device."""

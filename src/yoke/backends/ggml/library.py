@@ -33,6 +33,23 @@ class ThreadpoolParams(ctypes.Structure):
     _fields_ = (("cpumask", c_bool * 512), ("n_threads", c_int), ("prio", c_int), ("poll", c_uint32), ("strict_cpu", c_bool), ("paused", c_bool))
 
 
+_TO_FLOAT = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
+
+
+class TypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits`` (ggml.h)."""
+
+    _fields_ = (
+        ("type_name", c_char_p),
+        ("blck_size", c_int64),
+        ("blck_size_interleave", c_int64),
+        ("type_size", c_size_t),
+        ("is_quantized", c_bool),
+        ("to_float", _TO_FLOAT),
+        ("from_float_ref", c_void_p),
+    )
+
+
 # name without "ggml_" -> (result, arguments); ggml.h, ggml-alloc.h, ggml-backend.h
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "init": (_P, (InitParams,)),
@@ -93,6 +110,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "backend_dev_backend_reg": (_P, (_P,)),
     "backend_reg_get_proc_address": (_P, (_P, _S)),
     "backend_load_all_from_path": (None, (_S,)),
+    "get_type_traits": (POINTER(TypeTraits), (_I,)),
     "log_set": (None, (_P, _P)),
     "threadpool_params_init": (None, (POINTER(ThreadpoolParams), _I)),
 }
