@@ -292,9 +292,12 @@ class SplitModel:
         for cut in shard_cuts(self.plan, stage_index, rank):
             yield self._file.read(cut.name, cut.rows, cut.columns)
 
+    def _embed(self, tokens: Sequence[int]) -> Floats:
+        return self._backend.dequantize(self._file.stored_rows(EMBEDDING, tokens))
+
     def _start(self, runners: dict[Place, StageRunner]) -> None:
         first = self._wires[0, 0]
-        self._pipeline = Pipeline(runners.pop((0, 0)), self.plan.version, lambda ids: self._file.dequantized_rows(EMBEDDING, ids), first.mates, first.outlets)
+        self._pipeline = Pipeline(runners.pop((0, 0)), self.plan.version, self._embed, first.mates, first.outlets)
         for place, runner in runners.items():
             self._threads.append(threading.Thread(target=self._serve, args=(runner, self._wires[place]), name=f"yoke-shard-{place[0]}-{place[1]}"))
         if self._result is not None:
