@@ -10,10 +10,30 @@ NodeId = NewType("NodeId", str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """How fast a device multiplies with weights of one stored type (``Q4_0``, ``F16``, ... as in GGUF), with so many threads in all.
+
+    ``matvec_bytes_per_s`` is weights streamed through a matrix-vector product: decoding; ``matmul_flop_per_s`` is operations of a product with many rows: prompts.
+    """
+
+    weight_type: str
+    threads: int
+    matvec_bytes_per_s: float
+    matmul_flop_per_s: float
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or not (self.matvec_bytes_per_s > 0 and self.matmul_flop_per_s > 0):
+            raise UserError(
+                f"rate of {self.weight_type}: {self.threads} threads, {self.matvec_bytes_per_s} B/s, {self.matmul_flop_per_s} op/s; expected positive numbers"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """One chip of a node, under the name that its backend gives it (``CPU``, ``CUDA0``, ...).
 
-    ``matvec_bytes_per_s`` is the measured rate at which weights stream through a matrix-vector product, all threads together.
+    ``matvec_bytes_per_s`` is the measured rate at which weights stream through a matrix-vector product, all threads together; ``rates`` say more, for each type
+    of weights that was measured with ``threads`` threads.
     """
 
     name: str
@@ -22,6 +42,7 @@ class Device:
     free_bytes: int
     matvec_bytes_per_s: float
     threads: int = 1
+    rates: tuple[Rate, ...] = ()
 
     def __post_init__(self) -> None:
         if self.free_bytes < 0 or not self.matvec_bytes_per_s > 0 or self.threads < 1:
@@ -33,12 +54,13 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """One machine in the cluster. ``measured_at`` is seconds since the epoch."""
+    """One machine in the cluster. ``measured_at`` is seconds since the epoch; ``notes`` are what a planner's reader should know: on battery, a virtual machine."""
 
     id: NodeId
     name: str
     device: Device
     measured_at: float
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.id) != 64 or any(c not in "0123456789abcdef" for c in self.id):

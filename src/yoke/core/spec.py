@@ -42,7 +42,7 @@ class ModelSpec:
     Counts are ``n_*``; ``width`` is the residual stream's size, ``columns`` the feed-forward's. ``head_block`` and ``column_block`` are the quantisation blocks
     (in elements: 1, 32 or 256) of the attention output and feed-forward output matrices: both are split along columns, so a cut must fall on a block's edge.
     ``embedding_bytes`` and ``head_bytes`` are the sizes of the token embedding and of the output matrix; ``attention_bytes`` and ``feed_forward_bytes`` those of
-    each block's sublayers, one entry a block: bytes as stored.
+    each block's sublayers, one entry a block: bytes as stored. ``weight_type`` is the type (``Q4_0``, ...) that most of those bytes have.
     """
 
     name: str
@@ -68,6 +68,7 @@ class ModelSpec:
     head_bytes: int = 0
     attention_bytes: tuple[int, ...] = field(default=())
     feed_forward_bytes: tuple[int, ...] = field(default=())
+    weight_type: str = ""
 
     def __post_init__(self) -> None:
         for name in ("n_blocks", "width", "n_heads", "n_kv_heads", "head_dim", "columns", "vocabulary", "context", "head_block", "column_block"):

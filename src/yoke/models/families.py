@@ -76,6 +76,7 @@ def model_spec(name: str, metadata: Mapping[str, object], tensors: Mapping[str, 
         head_bytes=tensors.get("output.weight", tensors["token_embd.weight"]).n_bytes,
         attention_bytes=_sublayer_bytes(tensors, n_blocks, "attn_"),
         feed_forward_bytes=_sublayer_bytes(tensors, n_blocks, "ffn_"),
+        weight_type=_commonest_type(tensors),
     )
     check_tensors(spec, tensors)
     return spec
@@ -181,3 +182,12 @@ def _sublayer_bytes(tensors: Mapping[str, TensorInfo], n_blocks: int, kind: str)
         if len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) < n_blocks and parts[2].startswith(kind):
             sizes[int(parts[1])] += info.n_bytes
     return tuple(sizes)
+
+
+def _commonest_type(tensors: Mapping[str, TensorInfo]) -> str:
+    """The type that most of the blocks' bytes have."""
+    sizes: dict[str, int] = {}
+    for name, info in tensors.items():
+        if name.startswith("blk."):
+            sizes[info.type.name] = sizes.get(info.type.name, 0) + info.n_bytes
+    return max(sizes, key=lambda name: sizes[name], default="")
