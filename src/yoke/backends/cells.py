@@ -23,6 +23,10 @@ class CellTable:
         self._slot: NDArray[np.int32] = np.full(n_cells, NOBODY, dtype=np.int32)
         self._position: NDArray[np.int32] = np.zeros(n_cells, dtype=np.int32)
 
+    def clear(self) -> None:
+        """Every cell is free."""
+        self._slot.fill(NOBODY)
+
     def apply(self, batch: Batch) -> None:
         """Free the cells of the slots that the batch frees, then take those that it fills."""
         if max(batch.cells) >= self.n_cells:

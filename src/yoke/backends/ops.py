@@ -120,6 +120,9 @@ class Executor(Protocol):
             if the device fails, for example by running out of memory.
         """
 
+    def clear(self) -> None:
+        """Forget what the cache holds."""
+
     def close(self) -> None:
         """Free the device's memory. Harmless when called twice."""
 

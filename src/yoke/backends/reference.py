@@ -133,6 +133,10 @@ class ReferenceExecutor:
         self.cells.apply(batch)
         return self.program.text(ReferenceOps(self, batch), hidden)
 
+    def clear(self) -> None:
+        """Forget what the cache holds."""
+        self.cells.clear()
+
     def close(self) -> None:
         """Drop the arrays."""
         self.weights, self.cache = {}, []

@@ -152,7 +152,7 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """Where one worker's time went since it started, in seconds, and how many steps and tokens it computed."""
+    """Where one worker's time went since it started, in seconds, and how many steps and tokens it computed; ``late`` messages of older plans were dropped."""
 
     stage: int
     rank: int
@@ -163,6 +163,7 @@ class StageTimes:
     collective_s: float
     wire_s: float
     waiting_s: float
+    late: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

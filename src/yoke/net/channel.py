@@ -35,6 +35,15 @@ class Channel(Protocol):
             if the connection ended before that, or the timeout passed.
         """
 
+    def await_bytes(self) -> bool:
+        """Wait until there is something to receive, or the connection has ended: True. False if `nudge` was called since the last call of this.
+
+        For the thread that receives.
+        """
+
+    def nudge(self) -> None:
+        """Let `await_bytes` return, now or at its next call. From any thread; does nothing on an ended channel."""
+
     def set_timeout(self, seconds: float | None) -> None:
         """Let later calls wait at most ``seconds`` each; None means for ever. A call that waited too long ends the channel."""
 

@@ -28,6 +28,7 @@ class _Stream:
         self._free_bytes = capacity_bytes
         self._parts: deque[memoryview] = deque()
         self._ended = False
+        self._nudged = False
 
     def end(self) -> None:
         with self.changed:
@@ -65,6 +66,18 @@ class _Stream:
                 self.changed.notify_all()
             return True
 
+    def await_part(self) -> bool:
+        """Wait until there is something to read, or the stream ended: True. False if nudged."""
+        with self.changed:
+            self._wait(lambda: bool(self._parts) or self._nudged, None)
+            is_nudged, self._nudged = self._nudged and not self._ended, False
+            return not is_nudged
+
+    def nudge(self) -> None:
+        with self.changed:
+            self._nudged = True
+            self.changed.notify_all()
+
     def _wait(self, ready: Callable[[], bool], deadline: float | None) -> None:
         timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
         self.changed.wait_for(lambda: ready() or self._ended, timeout_s)
@@ -95,6 +108,12 @@ class _MemoryChannel:
     def receive_into(self, view: memoryview) -> None:
         if self._gone or not self._incoming.read(view.cast("B"), self._deadline()):
             raise self._ended()
+
+    def await_bytes(self) -> bool:
+        return self._incoming.await_part()
+
+    def nudge(self) -> None:
+        self._incoming.nudge()
 
     def set_timeout(self, seconds: float | None) -> None:
         self._timeout_s = seconds

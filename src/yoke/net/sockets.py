@@ -2,6 +2,7 @@
 
 import contextlib
 import select
+import selectors
 import socket
 import ssl
 import sys
@@ -86,6 +87,37 @@ def waiter(secured: socket.socket, *, writing: bool) -> Callable[[float | None],
     # Windows has no poll().
     reading, sending = ([], [secured]) if writing else ([secured], [])
     return lambda timeout_s: any(select.select(reading, sending, [], timeout_s))
+
+
+class Alarm:
+    """Waits for a socket to become readable, or for another thread to ring. Close it when the socket is closed."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ear.setblocking(False)
+        self._selector = selectors.DefaultSelector() if not hasattr(selectors, "PollSelector") else selectors.PollSelector()
+        self._selector.register(connection, selectors.EVENT_READ)
+        self._selector.register(self._ear, selectors.EVENT_READ)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether something happened in that time: the socket is readable, or somebody rang."""
+        ready = self._selector.select(timeout_s)
+        if any(key.fileobj is self._ear for key, _ in ready):
+            with contextlib.suppress(BlockingIOError):
+                self._ear.recv(4096)
+        return bool(ready)
+
+    def ring(self) -> None:
+        """Let `wait` return, from any thread."""
+        with contextlib.suppress(OSError):  # full of earlier rings, or closed: there is nothing to wake
+            self._bell.send(b"\0")
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._selector.close()
+        self._bell.close()
+        self._ear.close()
 
 
 def size_buffers(connection: socket.socket) -> None:

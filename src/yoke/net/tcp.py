@@ -17,7 +17,7 @@ from yoke.core.errors import AdmissionError, NodeGone, RemoteProtocolError, Sett
 from yoke.core.node import NodeId
 from yoke.net.codec import Buffer
 from yoke.net.identity import Identity, certificate_id, client_context, server_context
-from yoke.net.sockets import LOOK_S, TICK_S, is_silent, open_connection, secure, size_buffers, tune, waiter
+from yoke.net.sockets import LOOK_S, TICK_S, Alarm, is_silent, open_connection, secure, size_buffers, tune, waiter
 
 HANDSHAKE_S = 5.0
 MAX_HANDSHAKES = 16
@@ -26,6 +26,11 @@ MAX_HANDSHAKES = 16
 _COALESCE_BYTES = 1 << 16  # below this, one copy costs less than a second TLS record and its wake-up
 _ACCEPTED = b"\x06"  # the server's word that it let the client in: with TLS 1.3 the client's handshake ends before the server has judged its certificate
 _RETRY_S = 0.05
+
+EARLY_S = 2e-3
+"""How long before the expected moment a receive stops sleeping: poll() counts in milliseconds, and steps are not quite equal."""
+
+LONGEST_LULL_S = 0.5
 
 
 class TcpChannel:
@@ -43,6 +48,7 @@ class TcpChannel:
         self._socket = secured
         self._peer = peer
         self._spin_s = spin_s
+        self._lull_s = 0.0
         self._timeout_s: float | None = None
         self._ended: str | None = None
         self._tls = threading.Lock()
@@ -50,6 +56,8 @@ class TcpChannel:
         self._receiving = threading.Lock()
         self._wait_readable = waiter(secured, writing=False)
         self._wait_writable = waiter(secured, writing=True)
+        self._is_nudged = False
+        self._alarm: Alarm | None = None
 
     @property
     def peer(self) -> NodeId:
@@ -106,12 +114,33 @@ class TcpChannel:
                     raise self._gone(None)
                 view = view[n:]
 
+    def await_bytes(self) -> bool:
+        """Wait until there is something to receive, or the connection has ended: True. False if `nudge` was called since the last call of this."""
+        with self._receiving:
+            if self._alarm is None and self._ended is None:
+                self._alarm = Alarm(self._socket)  # whoever nudges from now on rings it; an earlier nudge left its mark
+            while self._ended is None and not self._is_nudged:
+                with self._tls:
+                    is_decrypted = self._socket.pending() > 0
+                if is_decrypted or self._is_readable():
+                    return True
+            is_nudged, self._is_nudged = self._is_nudged and self._ended is None, False
+            return not is_nudged
+
+    def nudge(self) -> None:
+        """Let `await_bytes` return, now or at its next call. From any thread; does nothing on an ended channel."""
+        self._is_nudged = True
+        if self._alarm is not None:
+            self._alarm.ring()
+
     def close(self) -> None:
         """End the channel, from any thread; calls that wait in other threads raise `NodeGone`. Closing twice does nothing."""
         self._end(f"this node closed its connection to node {self._peer[:12]}")
         # Whoever waits was woken by the shutdown and lets go; only then may the descriptor be given back to the system.
         with self._sending, self._receiving:
             self._socket.close()
+            if self._alarm is not None:
+                self._alarm.close()
 
     def _start(self) -> float | None:
         if self._ended is not None:
@@ -134,14 +163,42 @@ class TcpChannel:
             view = view[n:]
 
     def _await_bytes(self, deadline: float | None) -> None:
-        """Return when there may be something to read: ask for ``spin_s`` without sleeping, then sleep."""
-        if self._spin_s:
-            ready, now = self._wait_readable, time.perf_counter
-            stop = now() + self._spin_s
-            while now() < stop:
-                if ready(0.0):
-                    return
-        self._wait(self._wait_readable, deadline)
+        """Return when there may be something to read: `_doze`, then sleep."""
+        started = time.perf_counter()
+        if not self._doze(self._wait_readable):
+            self._wait(self._wait_readable, deadline)
+        self._lull_s = time.perf_counter() - started
+
+    def _doze(self, ready: Callable[[float], bool]) -> bool:
+        """Whether something came while this asked for it without sleeping: for ``spin_s`` from now, or around the moment when it came the last time.
+
+        Steps take equally long, so the last wait tells when to be awake again: the core of a stage that waits for the others sleeps, and yet its wake-up (up
+        to 0.2 ms after some milliseconds of sleep, measured) is over before the frame comes.
+        """
+        if not self._spin_s:
+            return False
+        now, spin_s = time.perf_counter, self._spin_s
+        if EARLY_S < self._lull_s < LONGEST_LULL_S:
+            if ready(self._lull_s - EARLY_S):
+                return True
+            spin_s = 2 * EARLY_S
+        stop = now() + spin_s
+        while now() < stop:
+            if ready(0.0):
+                return True
+        return False
+
+    def _is_readable(self) -> bool:
+        """Whether the socket has something: `_doze`, then sleep until it has, or the alarm rings, or it is time to look."""
+        alarm, started = self._alarm, time.perf_counter()
+        if alarm is None:
+            return True
+        try:
+            is_readable = self._doze(alarm.wait) or alarm.wait(LOOK_S)
+            self._lull_s = time.perf_counter() - started
+            return (is_readable and not self._is_nudged) or is_silent(self._socket)
+        except (OSError, ValueError):
+            return True  # the receive that follows says what happened
 
     def _wait(self, ready: Callable[[float | None], bool], deadline: float | None) -> None:
         try:

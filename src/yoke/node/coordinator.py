@@ -93,8 +93,8 @@ class Coordinator:
         process = await WorkerProcess.spawn()
         self._stack.push_async_callback(process.end)
         try:
-            ready = await introduce(process.reader, process.writer, self._start)
-            self._add(WorkerLink(ready.id, ready.name, self._start.host, process.reader, process.writer, ready))
+            ready = await introduce(process.bodies, process.writer, self._start)
+            self._add(WorkerLink(ready.id, ready.name, self._start.host, process.bodies, process.writer, ready))
             if self._port is not None:
                 context = admission_server_context(self._identity)
                 try:
@@ -253,14 +253,15 @@ class Coordinator:
         async with self._knocks:
             try:
                 newcomer, certificate = await admit(reader, writer, self._identity.id, self._secret, self._workers)
-                ready = await introduce(reader, writer, None)
+                bodies = say.Bodies(reader)
+                ready = await introduce(bodies, writer, None)
                 if ready.id != newcomer or ready.certificate != certificate or newcomer in self._workers:
                     raise AdmissionError("the newcomer is a member already, or its worker has another key")
             except YokeError:
                 writer.close()
                 return
         host = str(writer.get_extra_info("peername")[0])
-        worker = self._add(WorkerLink(newcomer, ready.name, host, reader, writer, ready))
+        worker = self._add(WorkerLink(newcomer, ready.name, host, bodies, writer, ready))
         self.on_join(Node(id=newcomer, name=ready.name, device=ready.device, measured_at=self._clock.epoch()))
         async with self._joined:
             self._joined.notify_all()

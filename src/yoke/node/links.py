@@ -20,7 +20,7 @@ class WorkerProcess:
         if process.stdin is None or process.stdout is None:
             raise NodeGone("the worker was started without pipes")
         self.process = process
-        self.reader, self.writer = process.stdout, process.stdin
+        self.bodies, self.writer = say.Bodies(process.stdout), process.stdin
 
     @classmethod
     async def spawn(cls) -> "WorkerProcess":
@@ -55,7 +55,7 @@ class WorkerLink:
     id: NodeId
     name: str
     host: str
-    reader: asyncio.StreamReader
+    bodies: say.Bodies
     writer: asyncio.StreamWriter
     ready: say.Ready
 
@@ -85,10 +85,10 @@ class WorkerLink:
         RemoteProtocolError
             if what came is no message.
         """
-        return say.decode_from_worker(await say.read_body_async(self.reader))
+        return say.decode_from_worker(await self.bodies.next())
 
 
-async def introduce(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, start: say.Start | None) -> say.Ready:
+async def introduce(bodies: say.Bodies, writer: asyncio.StreamWriter, start: say.Start | None) -> say.Ready:
     """Start a worker's conversation: send ``start``, unless its own node process has done so, and wait for its introduction.
 
     Raises
@@ -101,7 +101,7 @@ async def introduce(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
     if start is not None:
         writer.write(say.encode(start))
         await writer.drain()
-    match say.decode_from_worker(await say.read_body_async(reader)):
+    match say.decode_from_worker(await bodies.next()):
         case say.Ready() as ready:
             return ready
         case say.Failed(error=note):

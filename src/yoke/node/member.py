@@ -26,17 +26,17 @@ async def serve_member(invite: Invite, identity: Identity, start: say.Start, on_
         process = await WorkerProcess.spawn()
         try:
             host = str(writer.get_extra_info("sockname")[0])
-            ready = await introduce(process.reader, process.writer, _at(start, host))
+            ready = await introduce(process.bodies, process.writer, _at(start, host))
             writer.write(say.encode(ready))
             on_joined(ready)
-            await _relay((reader, process.writer), (process.reader, writer))
+            await _relay((say.Bodies(reader), process.writer), (process.bodies, writer))
         finally:
             await process.end()
     finally:
         writer.close()
 
 
-async def _relay(*ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+async def _relay(*ways: tuple[say.Bodies, asyncio.StreamWriter]) -> None:
     """Pass messages on, each way, until one way ends; its error is the reason."""
     tasks = [asyncio.create_task(_pass_on(*way)) for way in ways]
     try:
@@ -50,9 +50,9 @@ async def _relay(*ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> No
             raise NodeGone(f"{name} is gone: {result}")
 
 
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pass_on(bodies: say.Bodies, writer: asyncio.StreamWriter) -> None:
     while True:
-        body = await say.read_body_async(reader)
+        body = await bodies.next()
         try:
             writer.write(len(body).to_bytes(4, "little") + body)
             await writer.drain()

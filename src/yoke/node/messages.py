@@ -23,6 +23,8 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 PART_BYTES = 4 * 1024 * 1024
 """Weights travel in parts of this size, so that a status request never waits long behind them."""
 
+READ_BYTES = 1 << 18
+
 MessageT = TypeVar("MessageT")
 _LENGTH = struct.Struct("<I")
 
@@ -241,26 +243,40 @@ def read_body(stream: BinaryIO) -> bytes | None:
     return body
 
 
-async def read_body_async(stream: asyncio.StreamReader) -> bytes:
-    """The next message's bytes.
+class Bodies:
+    """The messages of an asyncio stream. Reads as much as is there at once: a token's message is small, and each wait costs more than it."""
 
-    Raises
-    ------
-    NodeGone
-        if the stream ended.
-    RemoteProtocolError
-        if the message is too long.
-    """
-    try:
-        head = await stream.readexactly(_LENGTH.size)
-        return await stream.readexactly(_checked_length(head))
-    except asyncio.IncompleteReadError as error:
-        raise NodeGone("the control connection ended") from error
-    except OSError as error:
-        raise NodeGone(f"the control connection ended: {error}") from error
+    def __init__(self, stream: asyncio.StreamReader) -> None:
+        self._stream, self._buffer = stream, bytearray()
+
+    async def next(self) -> bytes:
+        """The next message's bytes.
+
+        Raises
+        ------
+        NodeGone
+            if the stream ended.
+        RemoteProtocolError
+            if the message is too long.
+        """
+        buffer = self._buffer
+        while True:
+            if len(buffer) >= _LENGTH.size:
+                end = _LENGTH.size + _checked_length(buffer[: _LENGTH.size])
+                if len(buffer) >= end:
+                    body = bytes(buffer[_LENGTH.size : end])
+                    del buffer[:end]
+                    return body
+            try:
+                data = await self._stream.read(READ_BYTES)
+            except OSError as error:
+                raise NodeGone(f"the control connection ended: {error}") from error
+            if not data:
+                raise NodeGone("the control connection ended")
+            buffer += data
 
 
-def _checked_length(head: bytes) -> int:
+def _checked_length(head: bytes | bytearray) -> int:
     if len(head) != _LENGTH.size:
         raise RemoteProtocolError("the control stream ended inside a message")
     (length,) = _LENGTH.unpack(head)

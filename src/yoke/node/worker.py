@@ -22,13 +22,11 @@ from yoke.backends.ggml.backend import GgmlBackend
 from yoke.backends.ops import Backend, Floats, Program, ShardShape
 from yoke.backends.reference import ReferenceBackend
 from yoke.core.clock import SystemClock
-from yoke.core.errors import BackendError, InvariantError, NodeError, NodeGone, RemoteProtocolError, SettingError, YokeError
-from yoke.core.frame import Drawn
+from yoke.core.errors import BackendError, InvariantError, RemoteProtocolError, SettingError, YokeError
 from yoke.core.node import Device
 from yoke.core.request import StageTimes
 from yoke.models.decoder import decoder
 from yoke.models.shards import shard_cuts
-from yoke.net.channel import receive_message
 from yoke.net.codec import Limits
 from yoke.net.group import ChannelGroup, Group, SoloGroup
 from yoke.net.identity import Identity
@@ -39,7 +37,7 @@ from yoke.node.wiring import Wires, wire
 from yoke.run.chat import ChatTemplate
 from yoke.run.engine import Cancel, Engine
 from yoke.run.intake import Intake
-from yoke.run.pipeline import Pipeline, serve_stage
+from yoke.run.pipeline import Pipeline, Ways, serve_stage
 from yoke.run.scheduler import Limits as SchedulerLimits
 from yoke.run.scheduler import Scheduler
 from yoke.run.stage import StageRunner
@@ -169,11 +167,9 @@ class Worker:
         self._intake = Intake(spec, tokenizer, template, load.context)
         depth = len(load.plan.stages)
         scheduler = Scheduler(SchedulerLimits(n_cells=load.n_cells, chunk=load.chunk, max_sessions=load.max_sessions, depth=depth))
-        pipeline = Pipeline(runner, load.plan.version, self._embed, wires.mates, wires.following)
+        ways = Ways(mates=wires.mates, following=wires.following, result=wires.result, limits=limits)
+        pipeline = Pipeline(runner, load.plan.version, self._embed, ways)
         engine = Engine(scheduler, pipeline, tokenizer, lambda request_id, event: self._control.send(say.event_answer(request_id, event)), self._clock)
-        if wires.result is not None:
-            result = wires.result
-            threading.Thread(target=lambda: _read_drawn(engine, receive=lambda: receive_message(result, limits)), name="yoke-result", daemon=True).start()
         self._engine = engine
         self._control.send(say.Loaded(has_chat_template=template is not None))
         engine.run()
@@ -211,8 +207,7 @@ class Worker:
                 if self._engine is not None:
                     self._engine.post(Cancel(request_id))
             case say.PeerGone(message=message):
-                if self._engine is not None:
-                    self._engine.post(NodeGone(message))
+                raise RemoteProtocolError(message)
             case say.AskStatus():
                 self._control.send(self._status())
             case say.Start() | say.Refused():
@@ -289,18 +284,6 @@ def chat_template(file: GgufFile, tokenizer: Tokenizer, override: str | None) ->
         return None
     bos, eos = (tokenizer.piece(token).decode(errors="replace") if token is not None else "" for token in (tokenizer.bos, tokenizer.eos))
     return ChatTemplate(source, bos=bos, eos=eos)
-
-
-def _read_drawn(engine: Engine, receive: Callable[[], object]) -> None:
-    """The result channel's reader: hand drawn tokens to the engine until the last stage is gone."""
-    try:
-        while True:
-            message = receive()
-            if not isinstance(message, Drawn):
-                raise RemoteProtocolError(f"the last stage sent a {type(message).__name__}; expected drawn tokens")
-            engine.post(message)
-    except NodeError as error:
-        engine.post(error)
 
 
 def _offered(device: Device, share: float) -> Device:

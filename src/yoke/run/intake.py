@@ -28,7 +28,10 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A request in the engine's own terms. ``max_tokens`` is already cut to what the context leaves."""
+    """A request in the engine's own terms. ``max_tokens`` is already cut to what the context leaves.
+
+    ``drawn`` are tokens of the answer that another engine has given already: this one goes on after them.
+    """
 
     id: str
     tokens: tuple[int, ...]
@@ -37,6 +40,16 @@ class Submission:
     stop: tuple[str, ...]
     ignore_eos: bool
     submitted_at_s: float
+    drawn: tuple[int, ...] = ()
+    is_resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """An answer that was under way when a machine was lost: its prompt's tokens, as they were made then, and those drawn since."""
+
+    prompt: tuple[int, ...]
+    drawn: tuple[int, ...]
 
 
 class Intake:
@@ -45,15 +58,15 @@ class Intake:
     def __init__(self, spec: ModelSpec, vocabulary: Vocabulary, template: ChatTemplate | None, context: int) -> None:
         self._spec, self._vocabulary, self._template, self._context = spec, vocabulary, template, context
 
-    def prepare(self, request: Request, now_s: float) -> Submission:
-        """Template, tokens, limits.
+    def prepare(self, request: Request, now_s: float, resume: Resume | None = None) -> Submission:
+        """Template, tokens, limits; or, of an answer that goes on, what was made of it at first.
 
         Raises
         ------
         RequestError
             if the prompt is empty, longer than the context, or not understood by this model.
         """
-        tokens = self._tokens(request)
+        tokens = self._tokens(request) if resume is None else resume.prompt
         if not tokens:
             raise RequestError("the prompt is empty; expected at least one token", field="prompt")
         room = self._context - len(tokens)
@@ -67,6 +80,8 @@ class Intake:
             stop=request.stop,
             ignore_eos=request.ignore_eos,
             submitted_at_s=now_s,
+            drawn=() if resume is None else resume.drawn,
+            is_resumed=resume is not None,
         )
 
     def _tokens(self, request: Request) -> tuple[int, ...]:

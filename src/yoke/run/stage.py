@@ -14,13 +14,14 @@ from yoke.run.sampling import draw
 
 @dataclass(slots=True)
 class Clocks:
-    """Where a worker's time went, in seconds; what `StageTimes` reports."""
+    """Where a worker's time went, in seconds; what `StageTimes` reports. ``late`` messages were of an older plan and dropped."""
 
     steps: int = 0
     tokens: int = 0
     compute_s: float = 0.0
     wire_s: float = 0.0
     waiting_s: float = 0.0
+    late: int = 0
 
 
 class StageRunner:

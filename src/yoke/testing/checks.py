@@ -38,6 +38,7 @@ def check_channel(make_pair: MakePair) -> None:
         _delivers_before_it_ends,
         _ends_for_good,
         _wakes_who_waits_when_closed_here,
+        _waits_for_bytes_or_a_nudge,
         _times_out,
     ):
         a, b = make_pair()
@@ -168,6 +169,30 @@ def _wakes_who_waits_when_closed_here(a: Channel, b: Channel) -> None:
         a.close()
         _expect_gone(lambda: receiving.result(_WAIT_S))
     _expect_gone(lambda: _receive(b, 1))
+
+
+def _waits_for_bytes_or_a_nudge(a: Channel, b: Channel) -> None:
+    b.nudge()
+    assert not b.await_bytes(), "a nudge before the call ends it"
+    a.send(b"x")
+    assert b.await_bytes(), "there is a byte"
+    assert _receive(b, 1) == b"x"
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(b.await_bytes)
+        time.sleep(0.05)
+        assert not waiting.done(), "nothing has come"
+        b.nudge()
+        assert not waiting.result(_WAIT_S), "a nudge is not bytes"
+        waiting = pool.submit(b.await_bytes)
+        a.send(b"y")
+        assert waiting.result(_WAIT_S), "bytes end the wait"
+        assert _receive(b, 1) == b"y"
+        waiting = pool.submit(b.await_bytes)
+        a.close()
+        assert waiting.result(_WAIT_S), "the end is something to receive"
+    _expect_gone(lambda: _receive(b, 1))
+    b.nudge()
+    assert b.await_bytes(), "and stays so"
 
 
 def _times_out(a: Channel, b: Channel) -> None:

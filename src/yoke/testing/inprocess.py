@@ -5,7 +5,6 @@ all shards share one machine, so nothing gets faster by being split.
 """
 
 import itertools
-import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -28,14 +27,14 @@ from yoke.core.tensor import StoredTensor
 from yoke.models.decoder import decoder
 from yoke.models.families import model_spec
 from yoke.models.shards import shard_cuts
-from yoke.net.channel import Channel, receive_message
+from yoke.net.channel import Channel
 from yoke.net.codec import Limits
 from yoke.net.group import ChannelGroup, Group, SoloGroup, WireType
 from yoke.net.memory import memory_pair
 from yoke.planner import grid_plan
 from yoke.run.engine import Engine, Stop
 from yoke.run.intake import Submission
-from yoke.run.pipeline import Pipeline, serve_stage
+from yoke.run.pipeline import Pipeline, Ways, serve_stage
 from yoke.run.scheduler import Limits as SchedulerLimits
 from yoke.run.scheduler import Scheduler, Step
 from yoke.run.stage import StageRunner
@@ -125,6 +124,9 @@ class _Listening:
         self.latest = self._executor.compute(hidden, batch)
         return self.latest
 
+    def clear(self) -> None:
+        self._executor.clear()
+
     def close(self) -> None:
         self._executor.close()
 
@@ -163,7 +165,6 @@ class SplitModel:
         self._used_slots: set[int] = set()
         self._to_free: tuple[int, ...] = ()
         self._steps = itertools.count()
-        self._deliver: Callable[[Drawn | NodeError], None] = lambda _: None
         self._wires, self._result = _connect(plan)
         self._logits: dict[int, _Listening] = {}
         with ExitStack() as undo:
@@ -204,16 +205,14 @@ class SplitModel:
         """
         if not batch.outputs:
             raise InvariantError("the batch has no outputs; expected at least one row whose logits are wanted")
-        arrived: queue.SimpleQueue[Drawn | NodeError] = queue.SimpleQueue()
-        self._deliver = arrived.put
+        arrived: list[Drawn] = []
         try:
-            self.start(Step(number=next(self._steps), batch=batch, drawing=()), self._deliver)
+            self.start(Step(number=next(self._steps), batch=batch, drawing=()), arrived.append)
+            while not arrived:
+                self.wait(arrived.append)
         except NodeGone as error:
             raise self._cause(error) from error
         # Rank 0 has drawn, so every other rank with logits has sent them to it.
-        answer = arrived.get()
-        if isinstance(answer, NodeError):
-            raise self._cause(answer)
         shards = self.plan.stages[-1].shards
         return np.concatenate([self._logits[rank].latest for rank, shard in enumerate(shards) if shard.vocabulary], axis=1)
 
@@ -235,27 +234,24 @@ class SplitModel:
         limits = SchedulerLimits(n_cells=self._options["n_cells"], chunk=chunk, max_sessions=len(prompts), depth=len(self.plan.stages))
         answers: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
         open_answers = set(answers)
-        failures: list[YokeError] = []
 
         def emit(request_id: str, event: Event | YokeError) -> None:
             if isinstance(event, Piece):
                 answers[request_id] += event.tokens
-            elif isinstance(event, Finished | YokeError):
+            elif isinstance(event, Finished):
                 open_answers.discard(request_id)
-                if isinstance(event, YokeError):
-                    failures.append(event)
                 if not open_answers:
                     engine.post(Stop())
 
         engine = Engine(Scheduler(limits), self, _NoText(self.plan.spec.vocabulary), emit, SystemClock())
         self._to_free = tuple(self._used_slots)
-        self._deliver = engine.post
         for request_id, prompt in zip(answers, prompts, strict=True):
             engine.post(_submission(request_id, prompt, max_tokens, sampling))
-        engine.run()
+        try:
+            engine.run()
+        except NodeError as error:
+            raise self._cause(error) from error
         self._to_free = tuple(self._used_slots)
-        if failures:
-            raise self._cause(failures[0])
         return list(answers.values())
 
     def start(self, step: Step, deliver: Callable[[Drawn], None]) -> None:
@@ -266,6 +262,14 @@ class SplitModel:
             step = replace(step, batch=replace(step.batch, freed_slots=freed))
             self._to_free = ()
         self._pipeline.start(step, deliver)
+
+    def wait(self, deliver: Callable[[Drawn], None]) -> None:
+        """Wait for drawn tokens, as `yoke.run.pipeline.Pipeline.wait`."""
+        self._pipeline.wait(deliver)
+
+    def nudge(self) -> None:
+        """Let `wait` return."""
+        self._pipeline.nudge()
 
     def _load(self, stage_index: int, rank: int) -> StageRunner:
         plan, options = self.plan, self._options
@@ -297,11 +301,10 @@ class SplitModel:
 
     def _start(self, runners: dict[Place, StageRunner]) -> None:
         first = self._wires[0, 0]
-        self._pipeline = Pipeline(runners.pop((0, 0)), self.plan.version, self._embed, first.mates, first.outlets)
+        ways = Ways(mates=first.mates, following=first.outlets, result=self._result, limits=self._limits())
+        self._pipeline = Pipeline(runners.pop((0, 0)), self.plan.version, self._embed, ways)
         for place, runner in runners.items():
             self._threads.append(threading.Thread(target=self._serve, args=(runner, self._wires[place]), name=f"yoke-shard-{place[0]}-{place[1]}"))
-        if self._result is not None:
-            self._threads.append(threading.Thread(target=self._read_drawn, args=(self._result,), name="yoke-result"))
         for thread in self._threads:
             thread.start()
 
@@ -318,15 +321,6 @@ class SplitModel:
         finally:
             wires.close()
             runner.close()
-
-    def _read_drawn(self, result: Channel) -> None:
-        try:
-            while True:
-                message = receive_message(result, self._limits())
-                if isinstance(message, Drawn):
-                    self._deliver(message)
-        except NodeError as error:
-            self._deliver(error)
 
     def _limits(self) -> Limits:
         n_tokens, width = min(MAX_BATCH_TOKENS, self._options["n_cells"]), self.plan.spec.width

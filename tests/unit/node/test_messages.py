@@ -209,7 +209,7 @@ def test_oversized_length_is_refused_before_anything_is_set_aside_for_it(length:
         reader = asyncio.StreamReader()
         reader.feed_data(struct.pack("<I", length))
         with pytest.raises(RemoteProtocolError, match=f"claims {length} bytes"):
-            await say.read_body_async(reader)
+            await say.Bodies(reader).next()
 
     asyncio.run(read())
 
@@ -225,7 +225,7 @@ def test_streams_end_between_messages_or_break_inside_one() -> None:
         reader = asyncio.StreamReader()
         reader.feed_data(data)
         reader.feed_eof()
-        return await say.read_body_async(reader)
+        return await say.Bodies(reader).next()
 
     assert say.decode_to_worker(asyncio.run(read(whole))) == say.AskStatus()
     for n_bytes in (0, 3, len(whole) - 1):

@@ -64,6 +64,10 @@ class GgmlExecutor:
             self._exchange(segment)
         return graph.result().reshape(key.n_outputs if self._program.shape.is_last else key.n_tokens, -1)
 
+    def clear(self) -> None:
+        """Forget what the cache holds."""
+        self._cells.clear()
+
     def close(self) -> None:
         """Free graphs, weights, cache, threads."""
         if self._closed:
