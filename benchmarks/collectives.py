@@ -39,7 +39,7 @@ def work(rank: int, directory: Path, options: argparse.Namespace, spin_s: float,
     members = [node.certificate_der for node in nodes]
     if rank:
         host, port = pipe.recv()
-        channel = connect(host, port, nodes[0].id, nodes[1], members, deadline_s=10, spin_s=spin_s)
+        channel = connect((host, port), nodes[0].id, nodes[1], members, deadline_s=10, spin_s=spin_s)
         group = ChannelGroup(1, {0: channel}, options.wire)
         measure(group, options)
     else:

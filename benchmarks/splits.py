@@ -84,7 +84,7 @@ def pin_own_worker() -> None:
 async def pinned_node(cluster: Coordinator, index: int, directory: str, spin_us: str) -> AsyncIterator[None]:
     prefix = ["taskset", "-c", str(index % (os.cpu_count() or 1))] if sys.platform == "linux" else []
     flags = ["--threads", "1", "--state-dir", directory, "--name", f"node-{index}", "--quiet", "--spin-us", spin_us]
-    process = await asyncio.create_subprocess_exec(*prefix, sys.executable, "-m", "yoke", "join", cluster.invite.encode(), *flags)
+    process = await asyncio.create_subprocess_exec(*prefix, sys.executable, "-m", "yoke", "join", cluster.standing_invite.encode(), *flags)
     try:
         yield
     finally:

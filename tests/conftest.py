@@ -221,6 +221,12 @@ def yoke_in(home: Path) -> Iterator[Yoke]:
         command.kill_all()
 
 
+@pytest.fixture
+def server_kind():
+    """:class:`Server`, for tests that must do something before it answers."""
+    return Server
+
+
 @pytest.fixture(name="wait_until")
 def _wait_until():
     """:func:`wait_until`, for tests."""

@@ -38,7 +38,7 @@ def listener(nodes):
 
 def pair(listener, nodes, **options):
     attic, kitchen, _ = nodes
-    here = connect(*listener.address, attic.id, kitchen, [attic.certificate_der], deadline_s=5, **options)
+    here = connect(listener.address, attic.id, kitchen, [attic.certificate_der], deadline_s=5, **options)
     there = listener.accept(5)
     assert there is not None
     return here, there
@@ -69,7 +69,7 @@ def test_each_end_knows_the_other_by_its_key(listener, nodes):
 def test_stranger_is_refused_before_a_frame_is_read(listener, nodes):
     attic, _, stranger = nodes
     with pytest.raises(NodeGone, match="cannot reach node"):
-        connect(*listener.address, attic.id, stranger, [attic.certificate_der], deadline_s=0.04)
+        connect(listener.address, attic.id, stranger, [attic.certificate_der], deadline_s=0.04)
     wait_for_refusals(listener, 1)
     assert listener.accept(0) is None
 
@@ -120,7 +120,7 @@ def test_callers_beyond_the_handshake_limit_are_turned_away(listener, nodes):
     strangers = [socket.create_connection(listener.address) for _ in range(MAX_HANDSHAKES)]
     try:
         with pytest.raises(NodeGone):
-            connect(*listener.address, nodes[0].id, nodes[1], [nodes[0].certificate_der], deadline_s=0.3)
+            connect(listener.address, nodes[0].id, nodes[1], [nodes[0].certificate_der], deadline_s=0.3)
     finally:
         for stranger in strangers:
             stranger.close()
@@ -131,24 +131,24 @@ def test_callers_beyond_the_handshake_limit_are_turned_away(listener, nodes):
 def test_new_member_is_let_in_after_the_list_changed(listener, nodes):
     attic, _, stranger = nodes
     listener.set_members([stranger.certificate_der])
-    channel = connect(*listener.address, attic.id, stranger, [attic.certificate_der], deadline_s=5)
+    channel = connect(listener.address, attic.id, stranger, [attic.certificate_der], deadline_s=5)
     accepted = listener.accept(5)
     with contextlib.closing(channel), contextlib.closing(accepted):
         assert accepted.peer == stranger.id
     with pytest.raises(NodeGone):
-        connect(*listener.address, attic.id, nodes[1], [attic.certificate_der], deadline_s=0.04)
+        connect(listener.address, attic.id, nodes[1], [attic.certificate_der], deadline_s=0.04)
 
 
 def test_another_member_at_the_address_is_not_taken_for_the_expected_one(listener, nodes):
     attic, kitchen, stranger = nodes
     with pytest.raises(AdmissionError, match="expected node"):
-        connect(*listener.address, stranger.id, kitchen, [attic.certificate_der, stranger.certificate_der], deadline_s=5)
+        connect(listener.address, stranger.id, kitchen, [attic.certificate_der, stranger.certificate_der], deadline_s=5)
 
 
 def test_unknown_node_at_the_address_is_refused_at_once(listener, nodes):
     _, kitchen, stranger = nodes
     with pytest.raises(AdmissionError, match="an unknown node answers"):
-        connect(*listener.address, stranger.id, kitchen, [stranger.certificate_der], deadline_s=5)
+        connect(listener.address, stranger.id, kitchen, [stranger.certificate_der], deadline_s=5)
 
 
 def test_connect_waits_for_a_listener_that_is_still_starting(nodes):
@@ -158,7 +158,7 @@ def test_connect_waits_for_a_listener_that_is_still_starting(nodes):
     started = []
     timer = threading.Timer(0.2, lambda: started.append(Listener(*address, attic, [kitchen.certificate_der])))
     timer.start()
-    channel = connect(*address, attic.id, kitchen, [attic.certificate_der], deadline_s=5)
+    channel = connect(address, attic.id, kitchen, [attic.certificate_der], deadline_s=5)
     timer.join()
     channel.close()
     started[0].close()
@@ -168,7 +168,7 @@ def test_connect_gives_up_at_its_deadline(nodes):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
         with pytest.raises(NodeGone, match="cannot reach node"):
-            connect(*silent.getsockname(), nodes[0].id, nodes[1], [nodes[0].certificate_der], deadline_s=0.2)
+            connect(silent.getsockname(), nodes[0].id, nodes[1], [nodes[0].certificate_der], deadline_s=0.2)
         assert time.monotonic() - started < 2
 
 
@@ -193,7 +193,7 @@ def test_half_a_frame_ends_with_node_gone(listener, nodes):
 
 def test_closed_listener_stops_accepting_and_closes_channels_nobody_took(listener, nodes):
     attic, kitchen, _ = nodes
-    channel = connect(*listener.address, attic.id, kitchen, [attic.certificate_der], deadline_s=5)
+    channel = connect(listener.address, attic.id, kitchen, [attic.certificate_der], deadline_s=5)
     listener.close()
     with contextlib.closing(channel), pytest.raises(NodeGone):
         channel.receive_into(memoryview(bytearray(1)))

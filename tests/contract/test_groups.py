@@ -39,7 +39,7 @@ def test_group_over_tcp_channels_keeps_the_contract(tmp_path, wire):
         def make(size):
             channels = [{} for _ in range(size)]
             for low, high in combinations(range(size), 2):
-                channels[high][low] = connect(*listeners[low].address, nodes[low].id, nodes[high], members, deadline_s=5)
+                channels[high][low] = connect(listeners[low].address, nodes[low].id, nodes[high], members, deadline_s=5)
                 channels[low][high] = listeners[low].accept(5)
             return [ChannelGroup(rank, channels[rank], wire) if size > 1 else SoloGroup() for rank in range(size)]
 

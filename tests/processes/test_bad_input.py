@@ -392,7 +392,7 @@ LIES = {
     "rows backwards": say.encode(say.Fetch(name="output.weight", rows=(9, 2))),
     "a negative row": say.encode(say.Fetch(name="output.weight", rows=(-9, 2))),
     "columns inside a number": say.encode(say.Fetch(name="output.weight", columns=(1, 10**12))),
-    "an answer nobody asked for": say.encode(say.Status()) + say.encode(say.Loaded()),
+    "an answer nobody asked for": say.encode(say.Status()) + say.encode(say.Loaded(version=7)),
 }
 
 

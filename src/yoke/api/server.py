@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from yoke.api import openai, status
+from yoke.api import nodes, openai, status
 from yoke.api.gate import Gate, is_loopback
 from yoke.core.clock import Clock, SystemClock
 from yoke.core.errors import SettingError
@@ -28,13 +28,16 @@ GRACE_S = 2
 KEEP_ALIVE_S = 75
 
 
-def create_app(cluster: Cluster, *, key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES, clock: Clock | None = None) -> Starlette:
+def create_app(
+    cluster: Cluster, *, key: str | None = None, admin_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES, clock: Clock | None = None
+) -> Starlette:
     """The HTTP application over ``cluster``.
 
     Parameters
     ----------
     cluster : the pool, real or fake.
     key : what clients must send as a bearer token; None: no key, and then only requests addressed to this machine by a loopback name are answered.
+    admin_key : what changing the cluster takes; None: nobody can.
     max_body_bytes : larger bodies are refused with 413.
     clock : dates and durations.
 
@@ -47,7 +50,7 @@ def create_app(cluster: Cluster, *, key: str | None = None, max_body_bytes: int 
     if key is not None and not key.strip():
         raise SettingError("the API key is empty; expected some characters, or no key at all")
     app = Starlette(
-        routes=[*openai.routes(cluster, max_body_bytes=max_body_bytes, clock=clock), *status.routes(cluster)],
+        routes=[*openai.routes(cluster, max_body_bytes=max_body_bytes, clock=clock), *status.routes(cluster), *nodes.routes(cluster, admin_key)],
         middleware=[Middleware(Gate, key=key, clock=clock)],
         exception_handlers={HTTPException: _raise},
     )

@@ -23,6 +23,7 @@ def routes(cluster: Cluster) -> list[Route]:
 def status_fields(status: ClusterStatus) -> dict[str, object]:
     """A status as plain values; ranges are half-open [start, stop)."""
     plan = status.plan
+    names = {node.id: node.name for node in status.nodes}
     nodes = [
         {
             "id": node.id,
@@ -32,6 +33,7 @@ def status_fields(status: ClusterStatus) -> dict[str, object]:
             "threads": node.device.threads,
             "free_bytes": node.device.free_bytes,
             "matvec_bytes_per_s": node.device.matvec_bytes_per_s,
+            "notes": list(node.notes),
         }
         for node in status.nodes
     ]
@@ -46,4 +48,8 @@ def status_fields(status: ClusterStatus) -> dict[str, object]:
         "queued": status.queued,
         "nodes": nodes,
         "stages": stages,
+        "links": [{**asdict(link), "source": names[link.source], "target": names[link.target]} for link in status.links],
+        "phase": status.phase,
+        "predicted_tokens_per_s": status.predicted_tokens_per_s,
+        "news": list(status.news),
     }

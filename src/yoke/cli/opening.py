@@ -52,7 +52,7 @@ async def loaded_cluster(
             coordinator = await stack.enter_async_context(open_coordinator(settings, layout, on_ready))
             spinner.close()
             with loading(is_terminal) as report:
-                coordinator.on_progress = report
+                coordinator.tell.progress = report
                 outlook = await coordinator.load(model, wish_of(settings, layout, cells), options)
             if is_shown and len(outlook.bytes_per_node) > 1:
                 errors.print(plan_table(outlook, {node.id: node for node in coordinator.nodes}))

@@ -1,5 +1,8 @@
 """``yoke serve``: the HTTP API over a model on this machine and those that join it."""
 
+import contextlib
+import os
+import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +12,9 @@ from yoke.api.server import check_host, create_app, serve_http
 from yoke.cli import options
 from yoke.cli.opening import loaded_cluster, run_until_signal
 from yoke.cli.render import errors
+from yoke.cli.server import ADMIN_KEY_BYTES, announced
 from yoke.core.settings import Settings
+from yoke.node.config import state_directory
 from yoke.node.coordinator import Coordinator
 from yoke.node.local import Layout
 
@@ -39,12 +44,15 @@ def serve(
     cache_type: options.CacheType = None,
     wire_type: options.WireType = None,
     chat_template: options.ChatTemplate = None,
+    replicas: Annotated[int | None, typer.Option(help="Copies of each part that spare machines hold ready.", show_default=False)] = None,
+    patience_s: Annotated[float | None, typer.Option(help="Seconds that answers wait for a machine to come back.", show_default=False)] = None,
     state_dir: options.StateDir = None,
 ) -> None:
     """Serve a model."""
     settings = options.settings(
         host=host, port=port, api_key=api_key, cluster_host=cluster_host, cluster_port=cluster_port, context=context, cells=cells, chunk=chunk,
-        threads=threads, device=device, cache_type=cache_type, wire_type=wire_type, chat_template=chat_template, state_dir=state_dir,
+        threads=threads, device=device, cache_type=cache_type, wire_type=wire_type, chat_template=chat_template, replicas=replicas,
+        patience_s=patience_s, state_dir=state_dir,
     )  # fmt: skip
     is_open = nodes > local_nodes or cluster_host is not None or cluster_port is not None
     layout = Layout(local_nodes=local_nodes, nodes=nodes, is_open=is_open, stages=stages, ranks=ranks, shares=options.share_numbers(shares))
@@ -54,15 +62,27 @@ def serve(
 async def _serve(path: Path, settings: Settings, layout: Layout) -> None:
     check_host(settings.host, has_key=bool(settings.api_key))
     async with loaded_cluster(path, settings, layout, on_ready=lambda cluster: _invite(cluster, layout)) as cluster:
-        app = create_app(cluster, key=settings.api_key or None)
-        await serve_http(app, host=settings.host, port=settings.port, ready=lambda url: typer.echo(f"serving {path.stem} at {url}"))
+        admin_key = secrets.token_urlsafe(ADMIN_KEY_BYTES)
+        app = create_app(cluster, key=settings.api_key or None, admin_key=admin_key)
+        with contextlib.ExitStack() as stack:
+
+            def ready(url: str) -> None:
+                stack.enter_context(announced(state_directory(settings, os.environ), url, admin_key))
+                typer.echo(f"serving {path.stem} at {url}")
+
+            cluster.tell.note = _log
+            await serve_http(app, host=settings.host, port=settings.port, ready=ready)
+
+
+def _log(text: str) -> None:
+    errors.print(text, highlight=False)
 
 
 def _invite(cluster: Coordinator, layout: Layout) -> None:
     """Tell how others join, and who does."""
-    cluster.on_join = lambda node: errors.print(f"{node.name} joined with {node.device.description}", highlight=False)
+    cluster.tell.joined = lambda node: errors.print(f"{node.name} joined with {node.device.description}", highlight=False)
     if layout.is_open:
         errors.print("on each other machine, run:", highlight=False)
-        typer.echo(f"yoke join {cluster.invite.encode()}")
+        typer.echo(f"yoke join {cluster.standing_invite.encode()}")
         if layout.nodes > layout.local_nodes:
             errors.print(f"waiting until {layout.nodes} nodes are there", highlight=False)

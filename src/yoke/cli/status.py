@@ -1,78 +1,111 @@
-"""``yoke status``: what a running server says of itself, over HTTP."""
+"""``yoke status``: what a running server says of itself, once or again and again."""
 
-import http.client
 import json
-import urllib.error
-import urllib.request
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.console import Group
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from yoke.cli import options
+from yoke.cli.nodes import ApiKey, Url, client
 from yoke.cli.render import output, size
 from yoke.core.errors import NodeError
 
-TIMEOUT_S = 5.0
-MAX_ANSWER_BYTES = 1 << 22
+REFRESH_S = 1.0
+NEWS_SHOWN = 5
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("status", help="Show nodes, plan and where the time goes of the server that runs here.")(status)
+    app.command("status", help="Show nodes, links, plan and where the time goes of the server that runs here.")(status)
 
 
 def status(
     as_json: options.Json = False,
-    url: Annotated[str | None, typer.Option(help="The server's address; default is this machine's own.", show_default=False)] = None,
-    api_key: Annotated[str | None, typer.Option(help="The server's key, if it has one.", show_default=False)] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it, until Ctrl-C.")] = False,
+    export: Annotated[Path | None, typer.Option(metavar="FILE", help="Write nodes and links as a cluster.yaml, for `yoke plan --cluster`.")] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    state_dir: options.StateDir = None,
 ) -> None:
     """Show a server's state."""
-    settings = options.settings(api_key=api_key)
-    answer = _ask(f"{url or f'http://{settings.host}:{settings.port}'}/yoke/status", settings.api_key)
-    if as_json:
+    server = client(url, api_key, state_dir)
+
+    def ask() -> dict[str, Any]:
+        answer = server.ask("GET", "/yoke/status")
+        if not {"nodes", "stages", "running", "queued"} <= answer.keys():
+            raise NodeError(f"{server.place.url} answered something else than a status; is that `yoke serve`?")
+        return answer
+
+    answer = ask()
+    if export is not None:
+        write_export(export, answer)
+        output.print(f"wrote {export}", highlight=False)
+    elif as_json:
         typer.echo(json.dumps(answer))
-        return
-    output.print(f"{len(answer['nodes'])} node(s), {answer['running']} session(s) running, {answer['queued']} waiting", highlight=False)
-    if answer.get("model") is None:
-        output.print("no model is being served: none is loaded, or a node that is needed is gone", highlight=False)
-    for table in _tables(answer):
-        output.print(table)
+    elif not watch:
+        output.print(_picture(answer, None))
+    else:
+        _watch(ask, answer)
 
 
-def _tables(status: dict[str, Any]) -> Iterator[Table]:
-    """Nodes, and where each worker's time went."""
-    nodes = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("node", "device", "offers", "streams"):
-        nodes.add_column(name)
+def _watch(ask: Any, answer: dict[str, Any]) -> None:
+    with Live(_picture(answer, None), console=output, screen=False, auto_refresh=False) as live:
+        while True:
+            time.sleep(REFRESH_S)
+            before, answer = answer, ask()
+            live.update(_picture(answer, before), refresh=True)
+
+
+def _picture(status: dict[str, Any], before: dict[str, Any] | None) -> Group:
+    """Everything on one screen; with what was a moment ago, speeds are of the time between."""
+    predicted = status.get("predicted_tokens_per_s")
+    head = f"{status.get('phase') or 'running'}: {len(status['nodes'])} node(s), {status['running']} session(s) running, {status['queued']} waiting"
+    if status.get("model") is None:
+        head += "; no model is being served: none is loaded, or a node that is needed is gone"
+    else:
+        head += f"; {status['model']}, plan {status['plan_version']}"
+        head += f", predicted {predicted:.1f} tokens/s for one stream" if predicted else ""
+    news = [Text(f"- {line}") for line in status.get("news", ())[-NEWS_SHOWN:]]
+    return Group(Text(head), *_tables(status, before), *news)
+
+
+def _tables(status: dict[str, Any], before: dict[str, Any] | None) -> Iterator[Table]:
+    """Nodes, links, and where each worker's time went."""
+    nodes = _table("", "node", "device", "offers", "streams", "notes")
     for node in status["nodes"]:
-        nodes.add_row(node["name"], node["device"], size(node["free_bytes"]), f"{size(node['matvec_bytes_per_s'])}/s")
+        nodes.add_row(node["name"], node["device"], size(node["free_bytes"]), f"{size(node['matvec_bytes_per_s'])}/s", "; ".join(node.get("notes", ())))
     yield nodes
-    times = Table(title="where the time went", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("stage", "rank", "node", "blocks", "steps", "tokens", "compute", "sums", "wire", "waiting"):
-        times.add_column(name, justify="right")
-    for stage in status["stages"]:
-        spent = [f"{stage[name]:.1f} s" for name in ("compute_s", "collective_s", "wire_s", "waiting_s")]
+    if status.get("links"):
+        links = _table("links", "from", "to", "round trip", "bandwidth")
+        for link in status["links"]:
+            links.add_row(link["source"], link["target"], f"{1e3 * link['rtt_s']:.2f} ms", f"{size(link['bandwidth_bytes_per_s'])}/s")
+        yield links
+    times = _table("where the time went", "place", "node", "blocks", "tokens", "tokens/s", "compute", "sums", "wire", "waiting")
+    for index, stage in enumerate(status["stages"]):
+        old = before["stages"][index] if before is not None and index < len(before["stages"]) else None
+        is_same = old is not None and (old["node"], before is not None and before["plan_version"]) == (stage["node"], status["plan_version"])
+        since = {name: stage[name] - (old[name] if old is not None and is_same else 0) for name in _CLOCKS}
+        spent = sum(since[name] for name in _CLOCKS[1:])
+        shares = [f"{since[name]:.1f} s {since[name] / spent:4.0%}" if spent > 0 else "-" for name in _CLOCKS[1:]]
+        speed = f"{since['tokens'] / REFRESH_S:.1f}" if is_same else "-"
         start, stop = stage["blocks"]
-        times.add_row(str(stage["stage"]), str(stage["rank"]), stage["node"], f"{start}..{stop - 1}", str(stage["steps"]), str(stage["tokens"]), *spent)
+        times.add_row(f"{stage['stage']}.{stage['rank']}", stage["node"], f"{start}..{stop - 1}", str(stage["tokens"]), speed, *shares)
     yield times
 
 
-def _ask(url: str, key: str) -> dict[str, Any]:
-    if not url.startswith(("http://", "https://")):
-        raise NodeError(f"{url!r} is not an address; expected http://HOST:PORT")
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})  # noqa: S310 - the scheme was checked
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
-            answer = json.loads(response.read(MAX_ANSWER_BYTES))
-    except urllib.error.HTTPError as error:
-        hint = "give the server's key with --api-key" if error.code == 401 else "is that `yoke serve`?"
-        raise NodeError(f"{url} answered {error.code} {error.reason}; {hint}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        cause = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise NodeError(f"no answer from {url}: {cause}; is `yoke serve` running there?") from error
-    if not isinstance(answer, dict) or not {"nodes", "stages", "running", "queued"} <= answer.keys():
-        raise NodeError(f"{url} answered something else than a status; is that `yoke serve`?")
-    return answer
+_CLOCKS = ("tokens", "compute_s", "collective_s", "wire_s", "waiting_s")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column)
+    return table

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from yoke.core.errors import RequestError
-from yoke.core.node import Node
+from yoke.core.node import Link, Node
 from yoke.core.plan import Plan
 
 MAX_STOP_STRINGS = 16
@@ -168,13 +168,20 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
-    """A picture of the cluster at one moment."""
+    """A picture of the cluster at one moment.
+
+    ``plan`` is the one that serves, None while none does; ``phase`` says in a word what the cluster is doing; ``news`` are its last sentences about itself.
+    """
 
     nodes: tuple[Node, ...]
     plan: Plan | None
     running: int
     queued: int
     stages: tuple[StageTimes, ...] = ()
+    links: tuple[Link, ...] = ()
+    phase: str = ""
+    predicted_tokens_per_s: float | None = None
+    news: tuple[str, ...] = ()
 
 
 class Cluster(Protocol):
@@ -196,3 +203,21 @@ class Cluster(Protocol):
 
     async def status(self) -> ClusterStatus:
         """Who is there, what each holds, where the time goes."""
+
+    async def invite(self, uses: int, valid_s: float) -> str:
+        """A new invite for so many machines, for so many seconds.
+
+        Raises
+        ------
+        RequestError
+            if nobody may join this cluster.
+        """
+
+    async def remove(self, name: str) -> None:
+        """Put a machine out at once, and for good.
+
+        Raises
+        ------
+        RequestError
+            if there is none of that name, or it is the first one.
+        """

@@ -60,6 +60,9 @@ class Settings:
     api_key: str
     cluster_host: str
     cluster_port: int
+    rejoin_s: float
+    patience_s: float
+    replicas: int
     chat_template: str
     state_dir: str
 
@@ -90,6 +93,18 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="api_key", default="", unit="", help="the key that HTTP clients must send; empty asks for none"),
     Setting(name="cluster_host", default="127.0.0.1", unit="address", help="this machine's address for the other machines of the cluster"),
     Setting(name="cluster_port", default=0, unit="", help="port where machines join; 0 is any", least=0, most=65535),
+    Setting(name="rejoin_s", default=600.0, unit="seconds", help="how long a machine that has lost its cluster tries to find it again", least=0.0, most=1e9),
+    Setting(
+        name="patience_s",
+        default=60.0,
+        unit="seconds",
+        help="how long answers wait for a machine to come back when those that are left cannot hold the model",
+        least=0.0,
+        most=1e9,
+    ),
+    Setting(
+        name="replicas", default=0, unit="copies", help="copies of each part that spare machines hold ready loaded, for when a machine is lost", least=0, most=8
+    ),
     Setting(name="chat_template", default="", unit="file", help="a Jinja chat template to use instead of the model's own"),
     Setting(name="state_dir", default="", unit="directory", help="where this node keeps its key; empty is the system's place for such files"),
 )

@@ -17,7 +17,7 @@ from yoke.core.errors import AdmissionError, NodeGone, RemoteProtocolError, Sett
 from yoke.core.node import NodeId
 from yoke.net.codec import Buffer
 from yoke.net.identity import Identity, certificate_id, client_context, server_context
-from yoke.net.sockets import LOOK_S, TICK_S, Alarm, is_silent, open_connection, secure, size_buffers, tune, waiter
+from yoke.net.sockets import LOOK_S, TICK_S, Alarm, Nap, is_silent, open_connection, secure, size_buffers, tune, waiter
 
 HANDSHAKE_S = 5.0
 MAX_HANDSHAKES = 16
@@ -26,11 +26,6 @@ MAX_HANDSHAKES = 16
 _COALESCE_BYTES = 1 << 16  # below this, one copy costs less than a second TLS record and its wake-up
 _ACCEPTED = b"\x06"  # the server's word that it let the client in: with TLS 1.3 the client's handshake ends before the server has judged its certificate
 _RETRY_S = 0.05
-
-EARLY_S = 2e-3
-"""How long before the expected moment a receive stops sleeping: poll() counts in milliseconds, and steps are not quite equal."""
-
-LONGEST_LULL_S = 0.5
 
 
 class TcpChannel:
@@ -47,8 +42,7 @@ class TcpChannel:
         secured.setblocking(False)
         self._socket = secured
         self._peer = peer
-        self._spin_s = spin_s
-        self._lull_s = 0.0
+        self._nap = Nap(spin_s)
         self._timeout_s: float | None = None
         self._ended: str | None = None
         self._tls = threading.Lock()
@@ -163,39 +157,18 @@ class TcpChannel:
             view = view[n:]
 
     def _await_bytes(self, deadline: float | None) -> None:
-        """Return when there may be something to read: `_doze`, then sleep."""
-        started = time.perf_counter()
-        if not self._doze(self._wait_readable):
+        """Return when there may be something to read."""
+        if not self._nap.doze(self._wait_readable):
             self._wait(self._wait_readable, deadline)
-        self._lull_s = time.perf_counter() - started
-
-    def _doze(self, ready: Callable[[float], bool]) -> bool:
-        """Whether something came while this asked for it without sleeping: for ``spin_s`` from now, or around the moment when it came the last time.
-
-        Steps take equally long, so the last wait tells when to be awake again: the core of a stage that waits for the others sleeps, and yet its wake-up (up
-        to 0.2 ms after some milliseconds of sleep, measured) is over before the frame comes.
-        """
-        if not self._spin_s:
-            return False
-        now, spin_s = time.perf_counter, self._spin_s
-        if EARLY_S < self._lull_s < LONGEST_LULL_S:
-            if ready(self._lull_s - EARLY_S):
-                return True
-            spin_s = 2 * EARLY_S
-        stop = now() + spin_s
-        while now() < stop:
-            if ready(0.0):
-                return True
-        return False
+        self._nap.end()
 
     def _is_readable(self) -> bool:
-        """Whether the socket has something: `_doze`, then sleep until it has, or the alarm rings, or it is time to look."""
-        alarm, started = self._alarm, time.perf_counter()
-        if alarm is None:
+        """Whether the socket has something; waits until it has, or the alarm rings, or it is time to look."""
+        if self._alarm is None:
             return True
         try:
-            is_readable = self._doze(alarm.wait) or alarm.wait(LOOK_S)
-            self._lull_s = time.perf_counter() - started
+            is_readable = self._nap.doze(self._alarm.wait) or self._alarm.wait(LOOK_S)
+            self._nap.end()
             return (is_readable and not self._is_nudged) or is_silent(self._socket)
         except (OSError, ValueError):
             return True  # the receive that follows says what happened
@@ -358,15 +331,24 @@ class Listener:
             self._refused += 1
 
 
-def connect(host: str, port: int, expected: NodeId, identity: Identity, members: Iterable[bytes], *, deadline_s: float, spin_s: float = 0.0) -> TcpChannel:
-    """A channel to node ``expected`` at ``host`` and ``port``, retrying for ``deadline_s`` seconds: the other node may still be starting.
+def connect(
+    address: tuple[str, int],
+    expected: NodeId,
+    identity: Identity,
+    members: Iterable[bytes],
+    *,
+    deadline_s: float,
+    spin_s: float = 0.0,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> TcpChannel:
+    """A channel to node ``expected`` at ``address`` (host and port), retrying for ``deadline_s`` seconds: the other node may still be starting.
 
     Returns only after the other side has let this node in.
 
     Raises
     ------
     NodeGone
-        if nobody answered in time, or the other node did not let this one in.
+        if nobody answered in time, the other node did not let this one in, or ``is_cancelled`` said so.
     AdmissionError
         if another node, or an unknown one, answers at this address.
     """
@@ -374,19 +356,21 @@ def connect(host: str, port: int, expected: NodeId, identity: Identity, members:
     deadline = time.monotonic() + deadline_s
     while True:
         try:
-            return _connect_once((host, port), expected, context, deadline, spin_s)
+            return _connect_once(address, expected, context, deadline, spin_s, is_cancelled)
         except ssl.SSLCertVerificationError as error:
-            raise AdmissionError(f"an unknown node answers at {host} port {port}; expected node {expected[:12]}: {error.verify_message}") from error
+            raise AdmissionError(f"an unknown node answers at {address[0]} port {address[1]}; expected node {expected[:12]}: {error.verify_message}") from error
         except (OSError, ValueError, NodeGone, RemoteProtocolError) as error:
-            if time.monotonic() + _RETRY_S >= deadline:
-                raise NodeGone(f"cannot reach node {expected[:12]} at {host} port {port} in {deadline_s:g} s: {error}") from error
+            if is_cancelled() or time.monotonic() + _RETRY_S >= deadline:
+                raise NodeGone(f"cannot reach node {expected[:12]} at {address[0]} port {address[1]} in {deadline_s:g} s: {error}") from error
         time.sleep(_RETRY_S)
 
 
-def _connect_once(address: tuple[str, int], expected: NodeId, context: ssl.SSLContext, deadline: float, spin_s: float) -> TcpChannel:
+def _connect_once(
+    address: tuple[str, int], expected: NodeId, context: ssl.SSLContext, deadline: float, spin_s: float, is_cancelled: Callable[[], bool]
+) -> TcpChannel:
     connection = open_connection(*address, min(deadline, time.monotonic() + HANDSHAKE_S))
     try:
-        secured = secure(context, connection, False, min(deadline, time.monotonic() + HANDSHAKE_S), lambda: False)
+        secured = secure(context, connection, False, min(deadline, time.monotonic() + HANDSHAKE_S), is_cancelled)
         channel = TcpChannel(secured, _peer_id(secured), spin_s=spin_s)
     except BaseException:
         connection.close()

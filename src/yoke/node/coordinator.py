@@ -1,62 +1,59 @@
-"""The real cluster: admits members, plans, has the shards loaded, and passes requests to the engine. It holds no tensor and computes nothing."""
+"""The real cluster: lets members in, hears what their workers say, and passes requests to the engine. It holds no tensor and computes nothing."""
 
 import asyncio
 import contextlib
+import itertools
 import secrets
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-from msgspec.structs import replace
-
-from yoke.backends.ops import CacheType
+from yoke.cluster import messages as to_do
+from yoke.cluster.state import Policy, State
 from yoke.core.clock import Clock, SystemClock
-from yoke.core.errors import AdmissionError, NodeError, NodeGone, RemoteProtocolError, RequestError, SettingError, YokeError
+from yoke.core.errors import AdmissionError, RemoteProtocolError, RequestError, SettingError, YokeError
 from yoke.core.node import Node, NodeId
 from yoke.core.request import ClusterStatus, Event, Finished, ModelCard, Request, StageTimes
-from yoke.net.group import WireType
 from yoke.net.identity import Identity, admission_server_context
 from yoke.net.invite import SECRET_BYTES, Invite
 from yoke.node import messages as say
 from yoke.node.admission import MAX_STREAM_BYTES, admit
+from yoke.node.conduct import Conduct, Hands, LoadSettings
+from yoke.node.desk import Desk
 from yoke.node.links import WorkerLink, WorkerProcess, introduce
 from yoke.node.model import Model
-from yoke.planner import Outlook, Wish, make_plan
+from yoke.planner import Outlook, Wish
 
 MAX_KNOCKS = 16
 """Strangers that may be introducing themselves at once."""
 
-BLAME_S = 1.0
-"""When a node goes, its neighbours notice as well, and may be heard first. So long their word waits for news of the node that is really gone."""
-
-LOAD_S = 1800.0
 STATUS_S = 2.0
+INTRODUCTION_S = 120.0
+RESTART_S = 1.0
+"""How long this machine's worker must have lived for another to be started at once when it dies."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadSettings:
-    """How a plan is to run: cache cells in all, tokens in a step, sessions at once, tokens in a session, types of cache and wire, chat template."""
-
-    n_cells: int
-    chunk: int
-    max_sessions: int
-    context: int
-    cache_type: CacheType = "f16"
-    wire_type: WireType = WireType.FLOAT32
-    chat_template: str | None = None
+Note = Callable[[str], None]
 
 
 @dataclass(slots=True)
-class _Worker:
-    """A worker and what it has said last."""
+class _Member:
+    """A worker, and who waits for its word."""
 
     link: WorkerLink
-    loaded: "asyncio.Future[say.Loaded]"
+    joined_s: float
+    why_gone: str = ""
     status: "asyncio.Future[say.Status] | None" = None
-    progress: say.Progress | None = None
-    last_words: YokeError | None = None
-    tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Listeners:
+    """Who is told what happens: loading's progress (name, bytes done, bytes in all), a newcomer, and a sentence for log and terminal."""
+
+    progress: Callable[[str, int, int], None] = field(default=lambda _name, _done, _total: None)
+    joined: Callable[[Node], None] = field(default=lambda _node: None)
+    note: Note = field(default=lambda _text: None)
 
 
 class Coordinator:
@@ -67,34 +64,32 @@ class Coordinator:
     identity : this node's key.
     start : what this machine's own worker is told first; ``host`` in it is the address that members reach this machine at.
     port : where members knock; None if nobody may join.
+    policy : when a machine counts as gone, what a change must gain, and how long streams wait.
     """
 
-    def __init__(self, identity: Identity, start: say.Start, *, port: int | None = None, clock: Clock | None = None) -> None:
+    def __init__(self, identity: Identity, start: say.Start, *, port: int | None = None, policy: Policy | None = None, clock: Clock | None = None) -> None:
         self._identity, self._start, self._port = identity, start, port
+        self._policy = policy or Policy()
         self._clock = clock or SystemClock()
         self._secret = secrets.token_bytes(SECRET_BYTES)
-        self._workers: dict[NodeId, _Worker] = {}
+        self._members: dict[NodeId, _Member] = {}
+        self._links: dict[NodeId, WorkerLink] = {}
         self._joined = asyncio.Condition()
-        self._answers: dict[str, asyncio.Queue[Event | YokeError]] = {}
+        self._desk = Desk()
+        self._news: deque[str] = deque(maxlen=20)
         self._model: Model | None = None
-        self._outlook: Outlook | None = None
-        self._failure: NodeError | None = None
-        self._failed = asyncio.Event()
-        self._names: dict[NodeId, str] = {}
-        self._has_template = False
+        self._context = 0
+        self._conduct: Conduct | None = None
+        self._is_ending = False
         self._stack = contextlib.AsyncExitStack()
         self._knocks = asyncio.Semaphore(MAX_KNOCKS)
-        self.on_progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None
-        self.on_join: Callable[[Node], None] = lambda _node: None
+        self.tell = Listeners()
 
     async def __aenter__(self) -> Self:
         """Start this machine's worker, and listen if members may come."""
         self._tasks = await self._stack.enter_async_context(_Tasks())
-        process = await WorkerProcess.spawn()
-        self._stack.push_async_callback(process.end)
         try:
-            ready = await introduce(process.bodies, process.writer, self._start)
-            self._add(WorkerLink(ready.id, ready.name, self._start.host, process.bodies, process.writer, ready))
+            await self._employ()
             if self._port is not None:
                 context = admission_server_context(self._identity)
                 try:
@@ -109,141 +104,179 @@ class Coordinator:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for worker in self._workers.values():
-            worker.link.writer.close()
+        self.wind_down()
+        for member in self._members.values():
+            member.link.writer.close()
         await self._stack.aclose()
 
+    def wind_down(self) -> None:
+        """Let everybody go: from now on nobody is missed."""
+        self._is_ending = True
+        for member in self._members.values():
+            member.link.post(say.Release())
+
     @property
-    def invite(self) -> Invite:
+    def standing_invite(self) -> Invite:
         """What another machine needs to join."""
         return Invite(node_id=self._identity.id, host=self._start.host, port=self._port or 0, secret=self._secret)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
         """Who is there, this machine first."""
-        now = self._clock.epoch()
-        return tuple(Node(id=w.link.id, name=w.link.name, device=w.link.ready.device, measured_at=now) for w in self._workers.values())
+        own = [self._members[self._identity.id]] if self._identity.id in self._members else []
+        others = [member for node, member in self._members.items() if node != self._identity.id]
+        return tuple(self._node(member) for member in (*own, *others))
 
     @property
     def outlook(self) -> Outlook | None:
-        """The plan and what was predicted of it."""
-        return self._outlook
+        """The plan that serves, or served last, and what was predicted of it."""
+        return self._conduct.outlook if self._conduct is not None else None
 
     async def wait_for(self, n_nodes: int) -> None:
         """Until so many nodes are there, this one counted."""
         async with self._joined:
-            await self._joined.wait_for(lambda: len(self._workers) >= n_nodes)
+            await self._joined.wait_for(lambda: len(self._members) >= n_nodes)
 
     async def load(self, model: Model, wish: Wish, settings: LoadSettings) -> Outlook:
-        """Plan a model over the nodes that are there and have every shard loaded.
+        """Plan a model over the nodes that are there, have every shard loaded, and keep it served from then on, whoever comes and goes.
 
         Raises
         ------
         PlacementError
             if it fits nowhere.
         YokeError
-            what a worker says, if it cannot load its shard.
+            what a worker says, if this first plan cannot be loaded.
         """
-        outlook = make_plan(model.spec, self.nodes, (), wish)  # links are not measured; the planner takes them for wired ones
-        self._model, self._outlook = model, outlook
-        places = list(outlook.plan.places())
-        members = [shard.node for _, _, shard in places]
-        peers = tuple(self._peer(self._workers[node].link) for node in members)
-        nonce = secrets.token_bytes(16)
-        for stage, rank, shard in places:
-            worker = self._workers[shard.node]
-            is_own = shard.node == self._identity.id
-            order = say.Load(
-                plan=outlook.plan,
-                stage=stage,
-                rank=rank,
-                nonce=nonce,
-                peers=peers,
-                n_cells=settings.n_cells,
-                chunk=settings.chunk,
-                max_sessions=settings.max_sessions,
-                context=settings.context,
-                cache_type=settings.cache_type,
-                wire_type=settings.wire_type,
-                model_path=str(model.path) if is_own else None,
-                chat_template=settings.chat_template,
-            )
-            await worker.link.send(order)
-        async with asyncio.timeout(LOAD_S):
-            loaded = await asyncio.gather(*(self._workers[node].loaded for node in members))
-        self._has_template = loaded[0].has_chat_template
-        self._context = settings.context
-        return outlook
+        self._links.update({node: member.link for node, member in self._members.items()})
+        hands = Hands(links=self._links, drop=self._drop, start=self._tasks.start, note=self._note)
+        conduct = Conduct(model, wish, settings, self._identity.id, State(self._policy, wish), self._desk, hands, self._clock)
+        self._model, self._context, self._conduct = model, settings.context, conduct
+        settled_s = self._clock.monotonic() - self._policy.settle_s  # who is there now has been waited for
+        for member in self._members.values():
+            conduct.begin(self._joined_event(member), settled_s)
+        self._tasks.start(conduct.tick())
+        return await asyncio.shield(conduct.served)
 
     def models(self) -> tuple[ModelCard, ...]:
-        """The one model that is loaded."""
-        if self._model is None or self._outlook is None:
+        """The one model that is served."""
+        if self._model is None or self._conduct is None or not self._conduct.served.done():
             return ()
         card = ModelCard(
             name=self._model.spec.name,
             context=self._context,
             vocabulary=self._model.spec.vocabulary,
-            has_chat_template=self._has_template,
+            has_chat_template=self._conduct.has_template,
             created_at=self._model.created_at,
         )
         return (card,)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Answer a request; closing the iterator cancels it."""
-        if self._failure is not None:
-            raise self._failure
-        if self._model is None or request.model != self._model.spec.name:
+        """Answer a request; closing the iterator cancels it. While machines are lost and found again, the answer pauses."""
+        if self._conduct is None or self._model is None or request.model != self._model.spec.name:
             raise RequestError(f"model {request.model!r} is not loaded; loaded are {[card.name for card in self.models()]}", field="model", status=404)
-        if request.id in self._answers:
-            raise RequestError(f"a request with id {request.id!r} is being answered already", field="id")
-        events: asyncio.Queue[Event | YokeError] = asyncio.Queue()
-        self._answers[request.id] = events
-        engine = self._workers[self._identity.id].link
+        ticket = self._desk.open(request)
         is_over = False
         try:
-            await engine.send(say.Submit(request=request))
+            self._conduct.submit(ticket)
             while not is_over:
-                event = await events.get()
+                event = await ticket.events.get()
                 is_over = isinstance(event, Finished | YokeError)
                 if isinstance(event, YokeError):
                     raise event
                 yield event
         finally:
-            del self._answers[request.id]
-            if not is_over:
-                with contextlib.suppress(NodeGone):
-                    await engine.send(say.CancelRequest(id=request.id))
+            self._desk.close(ticket)
+            if not is_over and (engine := self._members.get(self._identity.id)) is not None:
+                engine.link.post(say.CancelRequest(id=request.id))
 
     async def status(self) -> ClusterStatus:
         """Ask every worker how it is; those that do not answer in time are left out."""
-        own, *others = await asyncio.gather(*(self._ask_status(worker) for worker in list(self._workers.values())))
-        times: list[StageTimes] = [status.times for status in (own, *others) if status is not None and status.times is not None]
+        members = list(self._members.values())
+        answers = await asyncio.gather(*(self._ask_status(member) for member in members))
+        times: list[StageTimes] = [
+            replace(answer.times, node=member.link.name)
+            for member, answer in zip(members, answers, strict=True)
+            if answer is not None and answer.times is not None
+        ]
+        engine = next((a for m, a in zip(members, answers, strict=True) if m.link.id == self._identity.id and a is not None), say.Status())
+        conduct = self._conduct
         return ClusterStatus(
             nodes=self.nodes,
-            plan=self._outlook.plan if self._outlook is not None and self._failure is None else None,
-            running=own.running if own else 0,
-            queued=own.queued if own else 0,
+            plan=conduct.outlook.plan if conduct is not None and conduct.outlook is not None and conduct.is_serving else None,
+            running=engine.running,
+            queued=max(engine.queued, len(self._desk) - engine.running),
             stages=tuple(sorted(times, key=lambda t: (t.stage, t.rank))),
+            links=tuple(conduct.known_links()) if conduct is not None else (),
+            phase=conduct.phase if conduct is not None else "starting",
+            predicted_tokens_per_s=conduct.outlook.tokens_per_s if conduct is not None and conduct.outlook is not None else None,
+            news=tuple(self._news),
         )
 
-    async def _ask_status(self, worker: _Worker) -> say.Status | None:
-        if worker.status is None:
-            worker.status = asyncio.get_running_loop().create_future()
+    async def invite(self, uses: int, valid_s: float) -> str:
+        """A new invite.
+
+        Raises
+        ------
+        RequestError
+            if nobody may join this cluster.
+        """
+        if self._port is None:
+            raise RequestError("this cluster is closed; start it with --cluster-host, so that others can reach it", status=409)
+        return self.standing_invite.encode()
+
+    async def remove(self, name: str) -> None:
+        """Put a machine out at once.
+
+        Raises
+        ------
+        RequestError
+            if there is none of that name, or it is the first one.
+        """
+        member = next((member for member in self._members.values() if member.link.name == name), None)
+        if member is None or member.link.id == self._identity.id:
+            names = ", ".join(sorted(m.link.name for m in self._members.values() if m.link.id != self._identity.id))
+            raise RequestError(f"no machine named {name!r} can be removed; those that can: {names or 'none'}", status=404)
+        member.link.post(say.Release())
+        self._drop(member.link.id, f"{name} was removed")
+
+    async def _ask_status(self, member: _Member) -> say.Status | None:
+        if member.status is None:
+            member.status = asyncio.get_running_loop().create_future()
+        member.link.post(say.AskStatus())
         try:
-            await worker.link.send(say.AskStatus())
             async with asyncio.timeout(STATUS_S):
-                return await asyncio.shield(worker.status)
-        except (TimeoutError, NodeGone):
+                return await asyncio.shield(member.status)
+        except TimeoutError:
             return None
 
-    def _add(self, link: WorkerLink) -> _Worker:
-        loop = asyncio.get_running_loop()
-        worker = _Worker(link, loop.create_future())
-        worker.loaded.add_done_callback(lambda future: future.cancelled() or future.exception())  # an error nobody waits for is not news
-        self._workers[link.id] = worker
-        self._names[link.id] = link.name
-        self._tasks.start(self._listen(worker))
-        return worker
+    async def _employ(self) -> None:
+        """Start this machine's own worker."""
+        process = await WorkerProcess.spawn()
+        self._stack.push_async_callback(process.end)
+        async with asyncio.timeout(INTRODUCTION_S):
+            ready = await introduce(process.bodies, process.writer, self._start)
+        await self._add(WorkerLink(ready.id, ready.name, self._start.host, process.bodies, process.writer, ready, process.kill))
+
+    async def _reemploy(self, died_after_s: float) -> None:
+        """Start another worker after the last one died; one that dies at once, again and again, is given more and more rest."""
+        await asyncio.sleep(max(0.0, RESTART_S - died_after_s))
+        try:
+            await self._employ()
+        except (YokeError, TimeoutError) as error:
+            self.tell.note(f"this machine's worker cannot start again: {error}")
+            self._tasks.start(self._reemploy(0.0))
+
+    async def _add(self, link: WorkerLink) -> None:
+        taken = {member.link.name for node, member in self._members.items() if node != link.id}
+        link.name = next(name for name in _names(link.name) if name not in taken)
+        member = _Member(link, self._clock.monotonic())
+        self._members[link.id] = member
+        if self._conduct is not None:
+            self._links[link.id] = link
+            self._conduct.handle(self._joined_event(member))
+        self._tasks.start(self._listen(member))
+        async with self._joined:
+            self._joined.notify_all()
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One knock at the door."""
@@ -252,102 +285,85 @@ class Coordinator:
             return
         async with self._knocks:
             try:
-                newcomer, certificate = await admit(reader, writer, self._identity.id, self._secret, self._workers)
+                newcomer, certificate = await admit(reader, writer, self._identity.id, self._secret, self._members)
                 bodies = say.Bodies(reader)
-                ready = await introduce(bodies, writer, None)
-                if ready.id != newcomer or ready.certificate != certificate or newcomer in self._workers:
+                async with asyncio.timeout(INTRODUCTION_S):
+                    ready = await introduce(bodies, writer, None)
+                if ready.id != newcomer or ready.certificate != certificate or newcomer in self._members:
                     raise AdmissionError("the newcomer is a member already, or its worker has another key")
-            except YokeError:
+            except (YokeError, TimeoutError):
                 writer.close()
                 return
         host = str(writer.get_extra_info("peername")[0])
-        worker = self._add(WorkerLink(newcomer, ready.name, host, bodies, writer, ready))
-        self.on_join(Node(id=newcomer, name=ready.name, device=ready.device, measured_at=self._clock.epoch()))
-        async with self._joined:
-            self._joined.notify_all()
-        await asyncio.wait([worker.loaded])
+        link = WorkerLink(newcomer, ready.name, host, bodies, writer, ready, writer.transport.abort)
+        await self._add(link)
+        self.tell.joined(self._node(self._members[newcomer]))
 
-    async def _listen(self, worker: _Worker) -> None:
+    async def _listen(self, member: _Member) -> None:
         """Hear one worker out, until its stream ends."""
-        error: YokeError
+        link, why = member.link, ""
         try:
             while True:
-                await self._hear(worker, await worker.link.receive())
-        except YokeError as heard:
-            error = heard
-        worker.link.writer.close()
-        if worker.link.id != self._identity.id:
-            self._workers.pop(worker.link.id, None)
-        if not worker.loaded.done():
-            worker.loaded.set_exception(worker.last_words or NodeGone(f"{worker.link.name} is gone ({error}) before its part of the model was loaded"))
-        elif self._is_used(worker.link.id):
-            if worker.last_words is None:
-                await self._fail(NodeGone(f"{worker.link.name} is gone ({error}); the model needs all its nodes: start again"))
-            else:
-                await self._fail_late(worker.last_words)
+                await self._hear(member, await link.receive())
+        except YokeError as error:
+            why = str(error)
+        link.writer.close()
+        if self._members.get(link.id) is member and not self._is_ending:
+            del self._members[link.id]
+            if self._conduct is not None:
+                del self._links[link.id]
+                self._conduct.handle(to_do.Lost(id=link.id, why=member.why_gone or f"{link.name} is gone ({why})"))
+            if link.id == self._identity.id:
+                self._tasks.start(self._reemploy(self._clock.monotonic() - member.joined_s))
 
-    async def _hear(self, worker: _Worker, message: say.FromWorker) -> None:
+    async def _hear(self, member: _Member, message: say.FromWorker) -> None:
+        link = member.link
         match message:
-            case say.Answer() if worker.link.id != self._identity.id:
-                raise RemoteProtocolError(f"{worker.link.name} answers requests, but the engine is not there")
+            case say.Answer() | say.Accepted() if link.id != self._identity.id:
+                raise RemoteProtocolError(f"{link.name} answers requests, but the engine is not there")
             case say.Answer(id=request_id):
-                if message.error is not None and isinstance(failure := say.noted_error(message.error), NodeError):
-                    self._tasks.start(self._fail_late(failure))
-                elif request_id in self._answers:
-                    event = message.started or message.piece or message.finished
-                    self._answers[request_id].put_nowait(event if event is not None else _answer_error(message))
+                self._desk.tell(request_id, _event(message))
+            case say.Accepted(id=request_id, prompt=prompt):
+                self._desk.accept(request_id, prompt)
             case say.Status():
-                if worker.status is not None and not worker.status.done():
-                    worker.status.set_result(message)
-                worker.status = None
+                if member.status is not None and not member.status.done():
+                    member.status.set_result(message)
+                member.status = None
             case say.Progress(done_bytes=done, total_bytes=total):
-                self.on_progress(worker.link.name, done, total)
-            case say.Loaded():
-                if not worker.loaded.done():
-                    worker.loaded.set_result(message)
+                self.tell.progress(link.name, done, total)
             case say.Fetch():
-                await self._serve(worker, message)
+                await self._serve_weights(link, message)
             case say.Failed(error=note):
-                worker.last_words = say.noted_error(
-                    note if worker.link.id == self._identity.id else replace(note, message=f"{worker.link.name}: {note.message}")
-                )
-                raise worker.last_words
+                failure: YokeError = say.noted_error(note)
+                raise failure
             case say.Ready():
-                raise RemoteProtocolError(f"{worker.link.name} introduced itself twice")
+                raise RemoteProtocolError(f"{link.name} introduced itself twice")
+            case _ if self._conduct is not None:
+                self._conduct.hear(link, message)
 
-    async def _serve(self, worker: _Worker, fetch: say.Fetch) -> None:
+    async def _serve_weights(self, link: WorkerLink, fetch: say.Fetch) -> None:
         """Send a slice of the model's weights, in parts."""
         if self._model is None:
-            raise RemoteProtocolError(f"{worker.link.name} asked for weights before there was a model")
+            raise RemoteProtocolError(f"{link.name} asked for weights before there was a model")
         async for part in self._model.parts(fetch):
-            await worker.link.send(part)
+            link.post(part)
+            await link.drain()
 
-    async def _fail_late(self, error: YokeError) -> None:
-        """Somebody lost a neighbour, or the engine gave up. If a node is gone, that is the cause, and it will be known at once; else this is."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(BLAME_S):
-                await self._failed.wait()
-        text = str(error)
-        for node, name in self._names.items():
-            text = text.replace(f"node {node[:12]}", name)
-        await self._fail(NodeGone(f"the model needs all its nodes, and one failed ({text}); start again"))
+    def _drop(self, node: NodeId, why: str) -> None:
+        """End a member's connection: it is silent, or not wanted any more."""
+        if (member := self._members.get(node)) is not None:
+            member.why_gone = why
+            member.link.cut()
 
-    async def _fail(self, error: NodeError) -> None:
-        """End every answer, now and later, with the first cause."""
-        if self._failure is not None:
-            return
-        self._failure = error
-        self._failed.set()
-        with contextlib.suppress(NodeGone):
-            await self._workers[self._identity.id].link.send(say.PeerGone(message=str(error)))
-        for events in self._answers.values():
-            events.put_nowait(error)
+    def _note(self, text: str) -> None:
+        self._news.append(text)
+        self.tell.note(text)
 
-    def _is_used(self, node: NodeId) -> bool:
-        return self._outlook is not None and any(shard.node == node for _, _, shard in self._outlook.plan.places())
+    def _joined_event(self, member: _Member) -> to_do.Joined:
+        return to_do.Joined(node=self._node(member), is_coordinator=member.link.id == self._identity.id)
 
-    def _peer(self, link: WorkerLink) -> say.Peer:
-        return say.Peer(id=link.id, certificate=link.ready.certificate, host=link.host, port=link.ready.port)
+    def _node(self, member: _Member) -> Node:
+        return Node(id=member.link.id, name=member.link.name, device=member.link.ready.device, measured_at=self._clock.epoch())
 
 
 class _Tasks:
@@ -371,5 +387,14 @@ class _Tasks:
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def _answer_error(message: say.Answer) -> YokeError:
+def _event(message: say.Answer) -> Event | YokeError:
+    event = message.started or message.piece or message.finished
+    if event is not None:
+        return event
     return say.noted_error(message.error) if message.error is not None else RemoteProtocolError("an answer without an event")
+
+
+def _names(name: str) -> Iterator[str]:
+    """A machine's name, then the same with a number: two machines of one name must be told apart everywhere."""
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))

@@ -1,8 +1,10 @@
 """The coordinator's hold on one worker: a stream of messages, whether it leads to a child process or through TLS to another machine."""
 
 import asyncio
+import contextlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from yoke.core.errors import NodeGone, YokeError
@@ -37,20 +39,26 @@ class WorkerProcess:
         )
         return cls(process)
 
+    def kill(self) -> None:
+        """End it at once: a stopped process does not see that its stream has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
     async def end(self) -> None:
         """Close the stream, and kill what does not end by itself."""
         self.writer.close()
         try:
-            async with asyncio.timeout(END_S):
-                await self.process.wait()
-        except TimeoutError:
-            self.process.kill()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_S):
+                    await self.process.wait()
+        finally:  # also when there is no time to wait
+            self.kill()
             await self.process.wait()
 
 
 @dataclass(slots=True)
 class WorkerLink:
-    """One worker as the coordinator sees it. ``host`` is where the others reach its data plane."""
+    """One worker as the coordinator sees it. ``host`` is where the others reach its data plane; ``cut`` ends the connection at once, whatever state it is in."""
 
     id: NodeId
     name: str
@@ -58,19 +66,22 @@ class WorkerLink:
     bodies: say.Bodies
     writer: asyncio.StreamWriter
     ready: say.Ready
+    cut: Callable[[], None]
 
-    async def send(self, message: say.ToWorker) -> None:
-        """Say something; waits while the other end is slow.
+    def post(self, message: say.ToWorker) -> None:
+        """Say something without waiting: what a slow or silent node has not taken is kept until it has, or is dropped with the connection."""
+        if not self.writer.is_closing():
+            self.writer.write(say.encode(message))
+
+    async def drain(self) -> None:
+        """Wait until the other end has taken most of what was posted: comes between large messages.
 
         Raises
         ------
         NodeGone
             if the stream is closed.
         """
-        if self.writer.is_closing():
-            raise NodeGone(f"{self.name} is gone")
         try:
-            self.writer.write(say.encode(message))
             await self.writer.drain()
         except (OSError, RuntimeError) as error:
             raise NodeGone(f"{self.name} is gone: {error}") from error

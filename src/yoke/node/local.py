@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yoke.backends.ggml.backend import physical_cores
+from yoke.cluster.state import Policy
 from yoke.core.errors import NodeGone, SettingError
 from yoke.core.settings import Settings
 from yoke.net.group import WireType
 from yoke.net.identity import Identity
 from yoke.node import messages as say
+from yoke.node.conduct import LoadSettings
 from yoke.node.config import machine_name, state_directory
-from yoke.node.coordinator import Coordinator, LoadSettings
+from yoke.node.coordinator import Coordinator
 from yoke.node.model import Model
 from yoke.planner import Wish
 
@@ -52,7 +54,8 @@ async def open_coordinator(settings: Settings, layout: Layout, on_ready: Callabl
     """
     identity = Identity.load_or_create(state_directory(settings, os.environ))
     port = settings.cluster_port if layout.is_open or layout.local_nodes > 1 else None
-    async with Coordinator(identity, start_message(settings, layout.local_nodes), port=port) as coordinator:
+    policy = Policy(patience_s=settings.patience_s, replicas=settings.replicas)
+    async with Coordinator(identity, start_message(settings, layout.local_nodes), port=port, policy=policy) as coordinator:
         on_ready(coordinator)
         async with _local_nodes(coordinator, settings, layout.local_nodes):
             await coordinator.wait_for(max(layout.nodes, layout.local_nodes))
@@ -148,6 +151,8 @@ async def _local_nodes(coordinator: Coordinator, settings: Settings, n_nodes: in
         settings.backend,
         "--spin-us",
         str(round(start.spin_s * 1e6)),
+        "--rejoin-s",
+        "0",
     ]
     flags += ["--library", settings.library] if settings.library else []
     with tempfile.TemporaryDirectory(prefix="yoke-nodes-") as directory:
@@ -155,12 +160,13 @@ async def _local_nodes(coordinator: Coordinator, settings: Settings, n_nodes: in
         try:
             for index in range(1, n_nodes):
                 place = ["--state-dir", str(Path(directory) / f"node-{index}"), "--name", f"{machine_name()}-{index}", "--quiet"]
-                command = [sys.executable, "-m", "yoke", "join", coordinator.invite.encode(), *place, *flags]
+                command = [sys.executable, "-m", "yoke", "join", coordinator.standing_invite.encode(), *place, *flags]
                 # In a session of their own: Ctrl-C in the terminal is for this process alone, which then ends them.
                 nodes.append(await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True))
             await _all_joined(coordinator, nodes, n_nodes)
             yield
         finally:
+            coordinator.wind_down()
             await asyncio.gather(*(_end(node) for node in nodes))
 
 

@@ -18,6 +18,7 @@ from yoke.core.plan import Plan
 from yoke.core.request import Event, Finished, Piece, Request, StageTimes, Started
 from yoke.core.tensor import TensorInfo
 from yoke.net.group import WireType
+from yoke.run.intake import Resume
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 PART_BYTES = 4 * 1024 * 1024
@@ -66,9 +67,14 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To a worker: the plan and its place in it. ``model_path`` is None where the weights must be asked for with `Fetch`."""
+    """To a worker: the plan and its place in it; answered with `Loaded` or `LoadFailed`.
+
+    ``model_path`` is None where the weights must be asked for with `Fetch`; ``model`` tells one model's weights from another's. A worker that ``is_standby``
+    loads what that place holds, but takes no part.
+    """
 
     plan: Plan
+    model: bytes
     stage: int
     rank: int
     nonce: bytes
@@ -81,6 +87,13 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     wire_type: WireType
     model_path: str | None = None
     chat_template: str | None = None
+    is_standby: bool = False
+
+
+class StandDown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker: stop the work of all plans up to this version, at once. What is loaded stays."""
+
+    version: int
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -93,7 +106,22 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From a worker: its shard is loaded and all its channels stand."""
 
+    version: int
     has_chat_template: bool = False
+
+
+class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: it could not load its shard, or reach its neighbours."""
+
+    version: int
+    error: "ErrorNote"
+
+
+class Broken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker that served: a neighbour is gone, or its device failed. It has stood down and waits for orders."""
+
+    version: int
+    error: "ErrorNote"
 
 
 class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -113,9 +141,17 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To the engine's worker: answer this."""
+    """To the engine's worker: answer this; with ``resume``, go on with it."""
 
     request: Request
+    resume: Resume | None = None
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From the engine's worker: a request is understood, and these are its prompt's tokens."""
+
+    id: str
+    prompt: tuple[int, ...]
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -124,10 +160,24 @@ class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     id: str
 
 
-class PeerGone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To the engine's worker: a node of the plan is gone."""
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker: are you there?"""
 
-    message: str
+
+class Pong(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: it is there. In the plan of ``version`` it has computed ``single_steps`` steps of one token, in ``single_s`` seconds."""
+
+    version: int = 0
+    single_steps: int = 0
+    single_s: float = 0.0
+
+
+class Leaving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a member's node process: it would like to go."""
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker: it is not needed any more and may end."""
 
 
 class AskStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -175,8 +225,8 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: ErrorNote
 
 
-ToWorker = Start | Load | Part | Submit | CancelRequest | PeerGone | AskStatus | Refused
-FromWorker = Ready | Progress | Loaded | Fetch | Status | Answer | Failed
+ToWorker = Start | Load | StandDown | Part | Submit | CancelRequest | Ping | AskStatus | Release | Refused
+FromWorker = Ready | Progress | Loaded | LoadFailed | Broken | Fetch | Status | Accepted | Answer | Pong | Leaving | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: "msgspec.msgpack.Decoder[ToWorker]" = msgspec.msgpack.Decoder(ToWorker)

@@ -22,6 +22,11 @@ class Model:
     file: GgufFile
     created_at: int
 
+    @property
+    def digest(self) -> bytes:
+        """What tells this model's weights from another's."""
+        return bytes.fromhex(self.file.digest)
+
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> Self:
         """Open a GGUF file; its name without the ending becomes the model's, unless another is given.

@@ -10,21 +10,17 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from yoke.core.errors import NodeGone, RemoteProtocolError
 from yoke.core.node import NodeId
 from yoke.core.plan import Plan
-from yoke.net.channel import Channel, receive_message, send_message
-from yoke.net.codec import HELLO_LIMITS, Hello, Purpose
+from yoke.net.channel import Channel, send_message
+from yoke.net.codec import Hello, Purpose
 from yoke.net.identity import Identity
-from yoke.net.tcp import Listener, connect
+from yoke.net.tcp import connect
 from yoke.node.messages import Load, Peer
+from yoke.node.porter import Key, Place, Porter
 
 WIRING_S = 120.0
 """How long all workers of a plan may take to load and connect after the first one has; the slowest disk decides."""
-
-HELLO_S = 10.0
-Place = tuple[int, int]
-Key = tuple[Purpose, Place]
 
 
 @dataclass(slots=True)
@@ -36,6 +32,12 @@ class Wires:
     mates: list[Channel] = field(default_factory=list)
     following: list[Channel] = field(default_factory=list)
     group: dict[int, Channel] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """End all channels, from any thread: whoever waits in one is told `NodeGone`."""
+        for channel in (self.inlet, self.result, *self.mates, *self.following, *self.group.values()):
+            if channel is not None:
+                channel.close()
 
 
 def outgoing(plan: Plan, place: Place) -> Iterator[tuple[Purpose, Place]]:
@@ -56,62 +58,39 @@ def incoming(plan: Plan, place: Place) -> set[Key]:
     return {(purpose, (stage, rank)) for stage, rank, _ in plan.places() for purpose, target in outgoing(plan, (stage, rank)) if target == place}
 
 
-def wire(load: Load, listener: Listener, identity: Identity, spin_s: float) -> Wires:
+def wire(load: Load, porter: Porter, identity: Identity, spin_s: float, stopped: threading.Event) -> Wires:
     """Open and accept all channels of this worker.
 
     Raises
     ------
     NodeGone
-        if a neighbour cannot be reached, or does not come, in `WIRING_S`.
+        if a neighbour cannot be reached, or does not come, in `WIRING_S`; or if ``stopped`` is set meanwhile.
     """
     plan, here = load.plan, (load.stage, load.rank)
     peers: Mapping[NodeId, Peer] = {peer.id: peer for peer in load.peers}
     owners = {(stage, rank): shard.node for stage, rank, shard in plan.places()}
     certificates = [peer.certificate for peer in load.peers]
-    listener.set_members(certificates)
+    opened: dict[Key, Channel] = {}
 
-    def open_one(purpose: Purpose, place: Place) -> tuple[Key, Channel]:
+    def open_one(purpose: Purpose, place: Place) -> None:
         peer = peers[owners[place]]
-        channel = connect(peer.host, peer.port, peer.id, identity, certificates, deadline_s=WIRING_S, spin_s=spin_s)
+        channel = connect((peer.host, peer.port), peer.id, identity, certificates, deadline_s=WIRING_S, spin_s=spin_s, is_cancelled=stopped.is_set)
+        opened[purpose, place] = channel
         send_message(channel, Hello(plan_version=plan.version, purpose=purpose, stage=load.stage, rank=load.rank, nonce=load.nonce))
-        return (purpose, place), channel
 
-    accepted: dict[Key, Channel] = {}
-    accepting = threading.Thread(target=_accept_all, args=(load, listener, owners, accepted), name="yoke-accept", daemon=True)
-    accepting.start()
     targets = list(outgoing(plan, here))
-    with ThreadPoolExecutor(max_workers=max(1, len(targets))) as pool:
-        opened = dict(pool.map(lambda target: open_one(*target), targets))
-    accepting.join()
-    if missing := incoming(plan, here) - set(accepted):
-        raise NodeGone(f"stage {load.stage}, rank {load.rank} waited {WIRING_S:.0f} s for {sorted(missing)}, which never connected")
+    expected = {key: owners[key[1]] for key in incoming(plan, here)}
+    try:
+        with ThreadPoolExecutor(max_workers=max(1, len(targets))) as pool:
+            opening = [pool.submit(open_one, *target) for target in targets]
+            accepted = porter.collect(plan.version, load.nonce, expected, time.monotonic() + WIRING_S, stopped.is_set)
+            for attempt in opening:
+                attempt.result()
+    except BaseException:
+        for channel in opened.values():
+            channel.close()
+        raise
     return _sorted_wires(here, opened, accepted)
-
-
-def _accept_all(load: Load, listener: Listener, owners: Mapping[Place, NodeId], accepted: dict[Key, Channel]) -> None:
-    """Take the expected connections; anything else from a member is closed."""
-    expected = incoming(load.plan, (load.stage, load.rank))
-    deadline = time.monotonic() + WIRING_S
-    while expected - set(accepted) and (left := deadline - time.monotonic()) > 0:
-        channel = listener.accept(left)
-        if channel is None:
-            return
-        try:
-            channel.set_timeout(HELLO_S)
-            hello = receive_message(channel, HELLO_LIMITS)
-            channel.set_timeout(None)
-        except (NodeGone, RemoteProtocolError):
-            channel.close()
-            continue
-        if not isinstance(hello, Hello):
-            channel.close()
-            continue
-        place = (hello.stage, hello.rank)
-        is_ours = (hello.plan_version, hello.nonce) == (load.plan.version, load.nonce) and owners.get(place) == channel.peer
-        if is_ours and (hello.purpose, place) in expected - set(accepted):
-            accepted[hello.purpose, place] = channel
-        else:
-            channel.close()
 
 
 def _sorted_wires(here: Place, opened: Mapping[Key, Channel], accepted: Mapping[Key, Channel]) -> Wires:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,23 +20,23 @@ import numpy as np
 
 import yoke
 from yoke.backends.ggml.backend import GgmlBackend
-from yoke.backends.ops import Backend, Floats, Program, ShardShape
+from yoke.backends.ops import Backend, Floats
 from yoke.backends.reference import ReferenceBackend
 from yoke.core.clock import SystemClock
-from yoke.core.errors import BackendError, InvariantError, RemoteProtocolError, SettingError, YokeError
+from yoke.core.errors import BackendError, InvariantError, NodeGone, RemoteProtocolError, SettingError, YokeError
 from yoke.core.node import Device
 from yoke.core.request import StageTimes
-from yoke.models.decoder import decoder
-from yoke.models.shards import shard_cuts
 from yoke.net.codec import Limits
 from yoke.net.group import ChannelGroup, Group, SoloGroup
 from yoke.net.identity import Identity
 from yoke.net.tcp import Listener
 from yoke.node import messages as say
-from yoke.node.loading import CoordinatorSource, FileSource, Source, stream_weights
+from yoke.node.holding import Holding, Shape, unless
+from yoke.node.loading import CoordinatorSource
+from yoke.node.porter import Porter
 from yoke.node.wiring import Wires, wire
 from yoke.run.chat import ChatTemplate
-from yoke.run.engine import Cancel, Engine
+from yoke.run.engine import Cancel, Engine, Stop
 from yoke.run.intake import Intake
 from yoke.run.pipeline import Pipeline, Ways, serve_stage
 from yoke.run.scheduler import Limits as SchedulerLimits
@@ -74,8 +75,27 @@ class ControlStream:
         return say.decode_to_worker(body)
 
 
+class Duty:
+    """One plan's work: the order, and what has to end when the worker is stood down."""
+
+    def __init__(self, load: say.Load) -> None:
+        self.load = load
+        self.stopped = threading.Event()
+        self.wires = Wires()
+        self.engine: Engine | None = None
+        self.intake: Intake | None = None
+        self.runner: StageRunner | None = None
+
+    def stop(self) -> None:
+        """End the work, from any thread: channels close, so that whoever waits in one is told; an engine that waits for requests is told too."""
+        self.stopped.set()
+        self.wires.close()
+        if self.engine is not None:
+            self.engine.post(Stop())
+
+
 class Worker:
-    """One shard's life: introduced, loaded, serving, gone."""
+    """One node's work: introduced, then plan after plan, until the control stream ends."""
 
     def __init__(self, control: ControlStream, start: say.Start) -> None:
         self._control, self._start = control, start
@@ -84,36 +104,124 @@ class Worker:
         self._device = choose_device(devices, start.device)
         self._identity = Identity.load_or_create(Path(start.state_dir))
         self._listener = Listener(start.host, 0, self._identity, [], spin_s=start.spin_s)
+        self._porter = Porter(self._listener, {})
         self._parts: queue.SimpleQueue[say.Part | None] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[say.Load] = queue.SimpleQueue()
-        self._runner: StageRunner | None = None
-        self._engine: Engine | None = None
-        self._intake: Intake | None = None
+        self._duty: Duty | None = None
+        self._stood_down = 0
+        self._holding: Holding | None = None
+        self._tokenizers: dict[str, Tokenizer] = {}
         self._clock = SystemClock()
         self._control.send(self._introduction(devices))
 
     def run(self) -> None:
-        """Load what is ordered, then serve until a neighbour is gone or the control stream ends."""
+        """Carry out one plan after the other."""
         threading.Thread(target=self._read_orders, name="yoke-orders", daemon=True).start()
-        load = self._orders.get()
-        runner = self._load(load)
-        wires = wire(load, self._listener, self._identity, self._start.spin_s) if len(load.peers) > 1 else Wires()
-        self._listener.close()
-        runner.group = self._join_group(load, wires)
-        self._runner = runner
+        while True:
+            duty = Duty(self._orders.get())
+            self._duty = duty
+            if duty.load.plan.version > self._stood_down:
+                self._carry_out(duty)
+            self._duty = None
+
+    def _carry_out(self, duty: Duty) -> None:
+        """Load, then serve until a neighbour is gone or somebody stops it; the coordinator hears how it ended, unless it was the one who stopped it."""
+        version, is_serving = duty.load.plan.version, False
+        try:
+            self._load(duty)
+            if not duty.load.is_standby:
+                self._connect(duty)
+                is_serving = True
+                self._serve(duty)
+            else:
+                self._control.send(say.Loaded(version=version))
+        except InvariantError:
+            raise
+        except YokeError as error:
+            if isinstance(error, BackendError):
+                self._let_go()
+            if not duty.stopped.is_set():
+                ending = say.Broken if is_serving else say.LoadFailed
+                self._control.send(ending(version=version, error=say.error_note(error)))
+        finally:
+            duty.wires.close()
+
+    def _load(self, duty: Duty) -> None:
+        """Have the place's shard on the device: the one that is there, if it is the same."""
+        load = duty.load
+        if self._holding is not None and self._holding.shape == Shape.of(load):
+            self._holding.executor.clear()
+            return
+        self._let_go()
+        total = load.plan.shard_bytes(load.stage, load.rank)
+        report = _every(PROGRESS_S, lambda done: self._control.send(say.Progress(done_bytes=done, total_bytes=total)))
+        remote = partial(CoordinatorSource, self._control.send, self._parts)
+        self._holding = Holding.load(load, self._backend, self._start.threads, remote, unless(duty.stopped, report))
+        gc.unfreeze()
         gc.collect()
         gc.freeze()
-        limits = Limits(
-            max_tokens=load.chunk, width=load.plan.spec.width, max_outputs=load.chunk, max_body_bytes=load.chunk * (4 * load.plan.spec.width + 128) + 65536
-        )
+
+    def _let_go(self) -> None:
+        if self._holding is not None:
+            self._holding.close()
+            self._holding = None
+
+    def _connect(self, duty: Duty) -> None:
+        """Wire the place's channels, and let the executor sum over them."""
+        load, holding = duty.load, self._held()
+        self._listener.set_members([peer.certificate for peer in load.peers])
+        if len(load.peers) > 1:
+            duty.wires = wire(load, self._porter, self._identity, self._start.spin_s, duty.stopped)
+            if duty.stopped.is_set():  # between the last channel and now
+                raise NodeGone("stood down while connecting")
+        group: Group = ChannelGroup(load.rank, duty.wires.group, load.wire_type) if duty.wires.group else SoloGroup()
+        holding.reducer.all_reduce = group.all_reduce
+        duty.runner = StageRunner(load.plan, load.stage, load.rank, holding.executor, group)
+
+    def _serve(self, duty: Duty) -> None:
+        load, runner, wires = duty.load, duty.runner, duty.wires
+        if runner is None:
+            raise InvariantError("a plan is served before its channels stand")
+        width = load.plan.spec.width
+        limits = Limits(max_tokens=load.chunk, width=width, max_outputs=load.chunk, max_body_bytes=load.chunk * (4 * width + 128) + 65536)
         if (load.stage, load.rank) == (0, 0):
-            self._serve_engine(load, runner, wires, limits)
-        else:
-            self._control.send(say.Loaded())
-            if wires.inlet is None:
-                raise InvariantError(f"stage {load.stage}, rank {load.rank} was wired without an inlet")
-            outlets = [wires.result] if wires.result is not None else wires.following
-            serve_stage(runner, wires.inlet, outlets, limits, load.plan.version)
+            pipeline = Pipeline(runner, load.plan.version, self._embed, Ways(mates=wires.mates, following=wires.following, result=wires.result, limits=limits))
+            self._serve_engine(duty, pipeline)
+            return
+        if wires.inlet is None:
+            raise InvariantError(f"stage {load.stage}, rank {load.rank} was wired without an inlet")
+        self._control.send(say.Loaded(version=load.plan.version))
+        outlets = [wires.result] if wires.result is not None else wires.following
+        serve_stage(runner, wires.inlet, outlets, limits, load.plan.version)
+
+    def _serve_engine(self, duty: Duty, pipeline: Pipeline) -> None:
+        """The engine's worker: sessions and token loop."""
+        load, path = duty.load, duty.load.model_path or ""
+        tokenizer = self._tokenizers.get(path) or self._tokenizers.setdefault(path, Tokenizer.load(Path(path)))
+        template = chat_template(self._model_file(), tokenizer, load.chat_template)
+        duty.intake = Intake(load.plan.spec, tokenizer, template, load.context)
+        depth = len(load.plan.stages)
+        scheduler = Scheduler(SchedulerLimits(n_cells=load.n_cells, chunk=load.chunk, max_sessions=load.max_sessions, depth=depth))
+        duty.engine = Engine(scheduler, pipeline, tokenizer, lambda request_id, event: self._control.send(say.event_answer(request_id, event)), self._clock)
+        if duty.stopped.is_set():
+            return
+        self._control.send(say.Loaded(version=load.plan.version, has_chat_template=template is not None))
+        duty.engine.run()
+
+    def _held(self) -> Holding:
+        if self._holding is None:
+            raise InvariantError("a plan is served before its shard is loaded")
+        return self._holding
+
+    def _model_file(self) -> GgufFile:
+        file = self._held().file
+        if file is None:
+            raise InvariantError("the engine's worker has no model file")
+        return file
+
+    def _embed(self, tokens: Sequence[int]) -> Floats:
+        """The residual stream's beginning [T, D], from rows of the file."""
+        return self._backend.dequantize(self._model_file().stored_rows("token_embd.weight", tokens))
 
     def _introduction(self, devices: tuple[Device, ...]) -> say.Ready:
         return say.Ready(
@@ -127,60 +235,6 @@ class Worker:
             yoke_version=yoke.__version__,
         )
 
-    def _load(self, load: say.Load) -> StageRunner:
-        """Read this place's slices into the device."""
-        plan, stage = load.plan, load.plan.stages[load.stage]
-        shard = stage.shards[load.rank]
-        if load.model_path is not None:
-            self._file = GgufFile.open(Path(load.model_path))
-            source: Source = FileSource(self._file)
-        else:
-            source = CoordinatorSource(self._control.send, self._parts)
-        shape = ShardShape(
-            width=plan.spec.width,
-            n_blocks=len(stage.blocks),
-            n_kv_heads=len(plan.kv_heads(shard)),
-            head_dim=plan.spec.head_dim,
-            n_cells=load.n_cells,
-            is_last=load.stage == len(plan.stages) - 1,
-            cache_type=load.cache_type,
-        )
-        total = plan.shard_bytes(load.stage, load.rank)
-        weights = stream_weights(source, shard_cuts(plan, load.stage, load.rank), _every(PROGRESS_S, self._report(total)))
-        late = _LateGroup(len(stage.shards))
-        program = Program(text=decoder(plan, load.stage, load.rank), shape=shape, weights=weights, reducer=late)
-        executor = self._backend.open(program, device=shard.device, threads=self._start.threads)
-        runner = StageRunner(plan, load.stage, load.rank, executor, SoloGroup())
-        self._late = late
-        return runner
-
-    def _join_group(self, load: say.Load, wires: Wires) -> Group:
-        group: Group = ChannelGroup(load.rank, wires.group, load.wire_type) if wires.group else SoloGroup()
-        self._late.all_reduce = group.all_reduce
-        return group
-
-    def _serve_engine(self, load: say.Load, runner: StageRunner, wires: Wires, limits: Limits) -> None:
-        """The engine's worker: sessions, token loop, and the reader of drawn tokens."""
-        spec = load.plan.spec
-        tokenizer = Tokenizer.load(Path(load.model_path or ""))
-        template = chat_template(self._file, tokenizer, load.chat_template)
-        self._intake = Intake(spec, tokenizer, template, load.context)
-        depth = len(load.plan.stages)
-        scheduler = Scheduler(SchedulerLimits(n_cells=load.n_cells, chunk=load.chunk, max_sessions=load.max_sessions, depth=depth))
-        ways = Ways(mates=wires.mates, following=wires.following, result=wires.result, limits=limits)
-        pipeline = Pipeline(runner, load.plan.version, self._embed, ways)
-        engine = Engine(scheduler, pipeline, tokenizer, lambda request_id, event: self._control.send(say.event_answer(request_id, event)), self._clock)
-        self._engine = engine
-        self._control.send(say.Loaded(has_chat_template=template is not None))
-        engine.run()
-
-    def _embed(self, tokens: Sequence[int]) -> Floats:
-        """The residual stream's beginning [T, D], from rows of the file."""
-        return self._backend.dequantize(self._file.stored_rows("token_embd.weight", tokens))
-
-    def _report(self, total: int) -> Callable[[int], None]:
-        return lambda done: self._control.send(say.Progress(done_bytes=done, total_bytes=total))
-
     def _read_orders(self) -> None:
         """The reader thread. Tokenising happens here, beside the token loop."""
         while True:
@@ -191,33 +245,52 @@ class Worker:
                 os._exit(1)
 
     def _obey(self, order: say.ToWorker) -> None:
+        duty = self._duty
         match order:
+            case say.Ping():
+                self._control.send(self._pong(duty))
+            case say.Submit():
+                self._submit(duty, order)
+            case say.CancelRequest(id=request_id):
+                if duty is not None and duty.engine is not None:
+                    duty.engine.post(Cancel(request_id))
             case say.Load():
                 self._orders.put(order)
+            case say.StandDown(version=version):
+                self._stood_down = max(self._stood_down, version)
+                if duty is not None and duty.load.plan.version <= version:
+                    duty.stop()
             case say.Part():
                 self._parts.put(order)
-            case say.Submit(request=request):
-                if self._intake is None or self._engine is None:
-                    raise RemoteProtocolError("a request came to a worker without the engine")
-                try:
-                    self._engine.post(self._intake.prepare(request, self._clock.monotonic()))
-                except YokeError as error:
-                    self._control.send(say.event_answer(request.id, error))
-            case say.CancelRequest(id=request_id):
-                if self._engine is not None:
-                    self._engine.post(Cancel(request_id))
-            case say.PeerGone(message=message):
-                raise RemoteProtocolError(message)
             case say.AskStatus():
-                self._control.send(self._status())
+                self._control.send(self._status(duty))
+            case say.Release():
+                os._exit(0)
             case say.Start() | say.Refused():
                 raise RemoteProtocolError(f"an unexpected {type(order).__name__}")
 
-    def _status(self) -> say.Status:
-        runner, engine = self._runner, self._engine
-        if runner is None:
+    def _submit(self, duty: Duty | None, order: say.Submit) -> None:
+        """Prepare a request and hand it to the engine. Without one it is dropped: the coordinator asks again when the next plan serves."""
+        if duty is None or duty.intake is None or duty.engine is None or duty.stopped.is_set():
+            return
+        try:
+            submission = duty.intake.prepare(order.request, self._clock.monotonic(), order.resume)
+        except YokeError as error:
+            self._control.send(say.event_answer(order.request.id, error))
+            return
+        self._control.send(say.Accepted(id=order.request.id, prompt=submission.tokens))
+        duty.engine.post(submission)
+
+    def _pong(self, duty: Duty | None) -> say.Pong:
+        if duty is None or duty.runner is None:
+            return say.Pong()
+        clocks = duty.runner.clocks
+        return say.Pong(version=duty.load.plan.version, single_steps=clocks.single_steps, single_s=clocks.single_s)
+
+    def _status(self, duty: Duty | None) -> say.Status:
+        if duty is None or duty.runner is None:
             return say.Status()
-        clocks = runner.clocks
+        runner, clocks = duty.runner, duty.runner.clocks
         times = StageTimes(
             stage=runner.stage_index,
             rank=runner.rank,
@@ -228,19 +301,12 @@ class Worker:
             collective_s=runner.group.collective_s,
             wire_s=clocks.wire_s,
             waiting_s=clocks.waiting_s,
+            late=clocks.late,
         )
-        if engine is None:
+        if duty.engine is None:
             return say.Status(times=times)
-        scheduler = engine.scheduler
+        scheduler = duty.engine.scheduler
         return say.Status(times=times, running=scheduler.n_running, queued=scheduler.n_queued, free_cells=scheduler.n_free_cells)
-
-
-class _LateGroup:
-    """The reducer that an executor is opened with, before the channels of its group stand."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.all_reduce: Callable[[Floats], None] = SoloGroup().all_reduce
 
 
 def open_backend(name: str, library: str, threads: int) -> Backend:

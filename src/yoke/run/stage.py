@@ -14,7 +14,10 @@ from yoke.run.sampling import draw
 
 @dataclass(slots=True)
 class Clocks:
-    """Where a worker's time went, in seconds; what `StageTimes` reports. ``late`` messages were of an older plan and dropped."""
+    """Where a worker's time went, in seconds; what `StageTimes` reports. ``late`` messages were of an older plan and dropped.
+
+    ``single_s`` is the computing of the ``single_steps`` that had one token: their mean tells whether this machine has become slower.
+    """
 
     steps: int = 0
     tokens: int = 0
@@ -22,6 +25,8 @@ class Clocks:
     wire_s: float = 0.0
     waiting_s: float = 0.0
     late: int = 0
+    single_steps: int = 0
+    single_s: float = 0.0
 
 
 class StageRunner:
@@ -45,7 +50,11 @@ class StageRunner:
         tokens = self._draw(frame, result) if self._is_last else ()
         self.clocks.steps += 1
         self.clocks.tokens += len(batch.tokens)
-        self.clocks.compute_s += time.perf_counter() - started - (self.group.collective_s - collective)
+        compute_s = time.perf_counter() - started - (self.group.collective_s - collective)
+        self.clocks.compute_s += compute_s
+        if len(batch.tokens) == 1:
+            self.clocks.single_steps += 1
+            self.clocks.single_s += compute_s
         if self._is_last:
             return Drawn(plan_version=frame.plan_version, step=frame.step, tokens=tokens)
         return Frame(plan_version=frame.plan_version, step=frame.step, batch=batch, hidden=result.data.cast("B"))

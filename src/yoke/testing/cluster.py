@@ -57,6 +57,7 @@ class FakeCluster:
     ----------
     requests : every request that came, in order.
     cancelled : those that were closed before their end.
+    removed : the names that were put out.
     running : how many are being answered now.
     going : cleared by `pause`, set by `resume`; awaited before each piece.
     """
@@ -72,6 +73,7 @@ class FakeCluster:
     ) -> None:
         self.requests: list[Request] = []
         self.cancelled: list[Request] = []
+        self.removed: list[str] = []
         self.running = 0
         self.going = asyncio.Event()
         self.going.set()
@@ -105,6 +107,22 @@ class FakeCluster:
     async def status(self) -> ClusterStatus:
         """One node, and the plan given."""
         return ClusterStatus(nodes=(NODE,), plan=self._plan, running=self.running, queued=0)
+
+    async def invite(self, uses: int, valid_s: float) -> str:
+        """A text with both numbers."""
+        return f"yoke-fake-{uses}-{valid_s:g}"
+
+    async def remove(self, name: str) -> None:
+        """Remember the name; the fake node itself stays.
+
+        Raises
+        ------
+        RequestError
+            if it is another name than the fake node's.
+        """
+        if name != NODE.name:
+            raise RequestError(f"there is no node named {name!r}", status=404)
+        self.removed.append(name)
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         """Answer by rote; fails, pauses and is cancelled as the constructor and `pause` say."""

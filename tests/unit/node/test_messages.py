@@ -22,6 +22,7 @@ from yoke.core.tensor import TensorInfo, TensorType
 from yoke.net.group import WireType
 from yoke.node import messages as say
 from yoke.planner import grid_plan
+from yoke.run.intake import Resume
 
 NODES = [NodeId(f"{i:064x}") for i in range(4)]
 DEVICE = Device(name="CPU", description="a chip", backend="ggml", free_bytes=2**40, matvec_bytes_per_s=1e10, threads=4)
@@ -52,6 +53,7 @@ def load(plan: Plan) -> say.Load:
     peers = tuple(say.Peer(id=node, certificate=b"\x30\x82", host="10.0.0.1", port=7000 + i) for i, node in enumerate(NODES))
     return say.Load(
         plan=plan,
+        model=bytes(32),
         stage=1,
         rank=0,
         nonce=bytes(16),
@@ -87,7 +89,10 @@ TO_WORKER: list[say.ToWorker] = [
     say.Submit(request=Request(id="t", model="", tokens=(0, 2**31))),
     say.Submit(request=Request(id="u", model="", text="")),
     say.CancelRequest(id="r"),
-    say.PeerGone(message="attic is gone"),
+    say.Submit(request=Request(id="v", model="", text="x"), resume=Resume(prompt=(1, 2), drawn=(3,))),
+    say.StandDown(version=3),
+    say.Ping(),
+    say.Release(),
     say.AskStatus(),
     say.Refused(error=NOTE),
 ]
@@ -95,7 +100,12 @@ FINISHED = Finished(reason=FinishReason.LENGTH, prompt_tokens=3, completion_toke
 FROM_WORKER: list[say.FromWorker] = [
     say.Ready(id=NODES[0], name="attic", certificate=b"c", port=1, device=DEVICE, devices=(DEVICE,), backend_version="1", yoke_version="2"),
     say.Progress(done_bytes=2**40, total_bytes=2**41),
-    say.Loaded(has_chat_template=True),
+    say.Loaded(version=3, has_chat_template=True),
+    say.LoadFailed(version=3, error=NOTE),
+    say.Broken(version=3, error=NOTE),
+    say.Accepted(id="r", prompt=(1, 2)),
+    say.Pong(version=3, single_steps=4, single_s=0.5),
+    say.Leaving(),
     say.Fetch(name="blk.0.attn_q.weight", rows=(0, 8)),
     say.Fetch(name="blk.0.attn_output.weight", columns=(32, 64)),
     say.Status(),
@@ -234,8 +244,8 @@ def test_streams_end_between_messages_or_break_inside_one() -> None:
 
 
 def test_message_that_no_peer_would_take_is_not_sent() -> None:
-    with pytest.raises(InvariantError, match=r"PeerGone of .* bytes"):
-        say.encode(say.PeerGone(message="x" * say.MAX_MESSAGE_BYTES))
+    with pytest.raises(InvariantError, match=r"CancelRequest of .* bytes"):
+        say.encode(say.CancelRequest(id="x" * say.MAX_MESSAGE_BYTES))
 
 
 @pytest.mark.parametrize("kind", [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, YokeError)])

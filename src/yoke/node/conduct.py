@@ -1,0 +1,284 @@
+"""Carries out what the cluster's state decides: asks the planner, gives the workers their orders, and lets the live answers go on when a plan serves."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from yoke.backends.ops import CacheType
+from yoke.cluster import messages as to_do
+from yoke.cluster.state import State
+from yoke.core.clock import Clock
+from yoke.core.errors import NodeError, PlacementError, YokeError
+from yoke.core.node import Link, Node, NodeId
+from yoke.core.plan import Plan
+from yoke.net.group import WireType
+from yoke.node import messages as say
+from yoke.node.desk import Desk, Ticket
+from yoke.node.links import WorkerLink
+from yoke.node.model import Model
+from yoke.planner import Outlook, Wish, make_plan
+
+SPEED_STEPS = 32
+"""Steps of one token that a node's speed is taken from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSettings:
+    """How a plan is to run: cache cells in all, tokens in a step, sessions at once, tokens in a session, types of cache and wire, chat template."""
+
+    n_cells: int
+    chunk: int
+    max_sessions: int
+    context: int
+    cache_type: CacheType = "f16"
+    wire_type: WireType = WireType.FLOAT32
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hands:
+    """What a conduct can do to the world: speak to workers, end a connection, start a task, tell a person."""
+
+    links: Mapping[NodeId, WorkerLink]
+    drop: Callable[[NodeId, str], None]
+    start: Callable[..., None]
+    note: Callable[[str], None]
+
+
+class Conduct:
+    """One model's life on a cluster.
+
+    Parameters
+    ----------
+    own : the coordinator's node, where the model's file is and the engine runs.
+    """
+
+    def __init__(self, model: Model, wish: Wish, settings: LoadSettings, own: NodeId, state: State, desk: Desk, hands: Hands, clock: Clock) -> None:
+        self._model, self._wish, self._settings = model, wish, settings
+        self._own, self._state, self._desk, self._hands, self._clock = own, state, desk, hands, clock
+        self._outlooks: dict[int, Outlook] = {}
+        self._paces: dict[NodeId, _Pace] = {}
+        self._begun_s = clock.monotonic()
+        self.known_links: Callable[[], Sequence[Link]] = tuple
+        self.served: asyncio.Future[Outlook] = asyncio.get_running_loop().create_future()
+        self.outlook: Outlook | None = None
+        self.is_serving = False
+        self.failure: YokeError | None = None
+        self.has_template = False
+
+    @property
+    def phase(self) -> str:
+        """What the cluster is doing, in a word."""
+        return str(self._state.phase)
+
+    def begin(self, member: to_do.Joined, joined_s: float) -> None:
+        """A member that was there before the model was."""
+        for command in self._state.handle(member, joined_s):
+            self._do(command)
+
+    def handle(self, event: to_do.Event) -> None:
+        """Let the state decide, and do what it says."""
+        for command in self._state.handle(event, self._clock.monotonic()):
+            self._do(command)
+
+    async def tick(self) -> None:
+        """Tell the state that time passes, for ever."""
+        while True:
+            await asyncio.sleep(to_do.TICK_S)
+            self.handle(to_do.Tick())
+
+    def submit(self, ticket: Ticket) -> None:
+        """Have a request answered now; or, while no plan serves, as soon as one does.
+
+        Raises
+        ------
+        YokeError
+            if the model cannot be served, and has not been for longer than a stream waits.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self.is_serving:
+            self._post(self._own, say.Submit(request=ticket.request, resume=ticket.resume))
+
+    def hear(self, link: WorkerLink, message: say.FromWorker) -> None:
+        """What a worker says about plans."""
+        match message:
+            case say.Loaded(version=version):
+                self.has_template = message.has_chat_template or self.has_template
+                self.handle(to_do.Loaded(version=version, id=link.id))
+            case say.LoadFailed(version=version, error=note):
+                self.handle(to_do.LoadFailed(version=version, id=link.id, error=self._named(link, say.noted_error(note))))
+            case say.Broken(version=version, error=note):
+                self.handle(to_do.Broken(version=version, id=link.id, why=str(self._named(link, say.noted_error(note)))))
+            case say.Leaving():
+                self.handle(to_do.Leaving(id=link.id))
+            case say.Pong():
+                self._weigh(link, message)
+        self.handle(to_do.Heard(id=link.id))
+
+    def _do(self, command: to_do.Command) -> None:
+        match command:
+            case to_do.MakePlan(version=version, nodes=nodes, reason=reason):
+                self._hands.start(self._plan(version, nodes, reason))
+            case to_do.Load(version=version, plan=plan):
+                self._load(version, plan)
+            case to_do.Standby(plan=plan, stage=stage, rank=rank, id=node):
+                self._post(node, self._order(plan, stage, rank, node, is_standby=True))
+            case to_do.Prepare(version=version, plan=plan):
+                self._prepare(version, plan)
+            case to_do.Serve(version=version):
+                self._serve(version)
+            case to_do.FailStreams(error=error):
+                self._fail(error)
+            case _:
+                self._speak(command)
+
+    def _speak(self, command: to_do.Command) -> None:
+        """The commands that are a word to one node, or to people."""
+        match command:
+            case to_do.Ping(id=node):
+                self._post(node, say.Ping())
+            case to_do.StandDown(version=version, ids=nodes):
+                self.is_serving = False
+                for node in nodes:
+                    self._post(node, say.StandDown(version=version))
+            case to_do.Drop(id=node, why=why):
+                self._hands.drop(node, why)
+            case to_do.Release(id=node):
+                self._post(node, say.Release())
+            case to_do.Note(text=text):
+                self._hands.note(text)
+            case to_do.Suspect(id=node, silent_s=silent_s):
+                self._hands.note(f"{self._name(node)} has been silent for {silent_s:.1f} s")
+            case to_do.Trust(id=node):
+                self._hands.note(f"{self._name(node)} is heard again")
+
+    async def _plan(self, version: int, nodes: tuple[Node, ...], reason: str) -> None:
+        """Ask the planner, in a thread of its own: with many machines it takes its time."""
+        wish, links = replace(self._wish, version=version), tuple(self.known_links())
+        try:
+            outlook = await asyncio.to_thread(_outlook, self._model, nodes, links, wish, is_first=not self.served.done())
+        except YokeError as error:
+            if not self.served.done():
+                self.served.set_exception(error)
+            self.handle(to_do.PlanFailed(version=version, error=error))
+            return
+        self._outlooks = {version: outlook} | {v: o for v, o in self._outlooks.items() if o is self.outlook}
+        moving = 0.0
+        self.handle(to_do.PlanMade(version=version, plan=outlook.plan, seconds_per_token=outlook.seconds_per_token, moving_s=moving))
+
+    def _load(self, version: int, plan: Plan) -> None:
+        if version not in self._outlooks and self.outlook is not None:  # a plan that the state made of the last one, with a node replaced
+            self._outlooks[version] = replace(self.outlook, plan=plan)
+        self._nonce = secrets.token_bytes(16)
+        for stage, rank, shard in plan.places():
+            self._post(shard.node, self._order(plan, stage, rank, shard.node))
+
+    def _order(self, plan: Plan, stage: int, rank: int, node: NodeId, *, is_standby: bool = False) -> say.Load:
+        settings = self._settings
+        members = [shard.node for _, _, shard in plan.places()]
+        return say.Load(
+            plan=plan,
+            model=self._model.digest,
+            stage=stage,
+            rank=rank,
+            nonce=self._nonce,
+            peers=tuple(self._peer(member) for member in members if member in self._hands.links),
+            n_cells=settings.n_cells,
+            chunk=settings.chunk,
+            max_sessions=settings.max_sessions,
+            context=settings.context,
+            cache_type=settings.cache_type,
+            wire_type=settings.wire_type,
+            model_path=str(self._model.path) if node == self._own else None,
+            chat_template=settings.chat_template,
+            is_standby=is_standby,
+        )
+
+    def _prepare(self, version: int, plan: Plan) -> None:
+        """What nodes lack is fetched while loading, as long as they keep no store: each is as ready as it can be."""
+        for _, _, shard in plan.places():
+            self.handle(to_do.Prepared(version=version, id=shard.node))
+
+    def _serve(self, version: int) -> None:
+        """The plan stands: all live answers go on."""
+        self.outlook = self._outlooks[version]
+        self.is_serving, self.failure = True, None
+        self._paces.clear()
+        if not self.served.done():
+            self.served.set_result(self.outlook)
+        elif len(self._desk):
+            self._hands.note(f"{len(self._desk)} answer(s) go on by plan {version}")
+        for ticket in self._desk:
+            self._post(self._own, say.Submit(request=ticket.request, resume=ticket.resume))
+
+    def _fail(self, error: YokeError) -> None:
+        self.is_serving = False
+        self.failure = error if isinstance(error, NodeError) else NodeError(str(error))
+        if not self.served.done():
+            self.served.set_exception(error)
+        self._desk.tell_all(self.failure)
+
+    def _weigh(self, link: WorkerLink, pong: say.Pong) -> None:
+        """Notice a node that has become slower, or fast again, since its plan began to serve."""
+        member = self._state.members.get(link.id)
+        if not self.is_serving or member is None or pong.version != self._state.version:
+            return
+        pace = self._paces.setdefault(link.id, _Pace(member.node.device.matvec_bytes_per_s))
+        if (speed := pace.speed(pong)) is not None:
+            self.handle(to_do.Measured(id=link.id, matvec_bytes_per_s=speed))
+
+    def _named(self, link: WorkerLink, error: YokeError) -> YokeError:
+        """An error of a worker with the names that people gave instead of keys, and its own in front."""
+        text = str(error)
+        for other in self._hands.links.values():
+            text = text.replace(f"node {other.id[:12]}", other.name)
+        text = text if link.id == self._own else f"{link.name}: {text}"
+        if isinstance(error, PlacementError):
+            return PlacementError(text, missing_bytes=error.missing_bytes)
+        return type(error)(text)
+
+    def _name(self, node: NodeId) -> str:
+        link = self._hands.links.get(node)
+        return link.name if link is not None else node[:12]
+
+    def _peer(self, node: NodeId) -> say.Peer:
+        link = self._hands.links[node]
+        return say.Peer(id=link.id, certificate=link.ready.certificate, host=link.host, port=link.ready.port)
+
+    def _post(self, node: NodeId, message: say.ToWorker) -> None:
+        if (link := self._hands.links.get(node)) is not None:
+            link.post(message)
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How long one node's steps take, against how long they took when its plan began; ``planned`` is the speed, in bytes per second, that the plan counts on."""
+
+    planned: float
+    steps: int = 0
+    seconds: float = 0.0
+    usual_s: float | None = None
+
+    def speed(self, pong: say.Pong) -> float | None:
+        """The speed now, once there are enough new steps."""
+        n = pong.single_steps - self.steps
+        if n < SPEED_STEPS:
+            return None
+        mean_s = (pong.single_s - self.seconds) / n
+        self.steps, self.seconds = pong.single_steps, pong.single_s
+        if self.usual_s is None:
+            self.usual_s = mean_s
+            return None
+        return self.planned * self.usual_s / mean_s
+
+
+def _outlook(model: Model, nodes: Sequence[Node], links: Sequence[Link], wish: Wish, *, is_first: bool) -> Outlook:
+    """The plan that is wished for. When machines were lost, a layout that they were needed for is given up rather than the model."""
+    try:
+        return make_plan(model.spec, nodes, links, wish)
+    except PlacementError:
+        if is_first or not (wish.is_forced or wish.use_all):
+            raise
+        return make_plan(model.spec, nodes, links, replace(wish, stages=None, ranks=None, shares=None, use_all=False))
