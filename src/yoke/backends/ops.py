@@ -6,7 +6,7 @@ shape and replays the graph. The meaning of every operation is the ``reference``
 Legend of shapes: T tokens, D width, I inputs, O outputs, H heads, K key/value heads, C head dim, V vocabulary rows held here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -15,13 +15,20 @@ from numpy.typing import NDArray
 
 from yoke.core.errors import BackendError
 from yoke.core.frame import Batch
-from yoke.core.node import Device
+from yoke.core.node import Device, Rate
 from yoke.core.spec import Rope
 from yoke.core.tensor import StoredTensor
 
 Floats = NDArray[np.float32]
 TensorT = TypeVar("TensorT")
 CacheType = Literal["f16", "f32"]
+
+ATTENTION = "attention"
+"""The type under which a rate tells of attention over a cache in F16 rather than of weights.
+
+Its bytes are keys and values as every query head reads them: ``4 * n_heads * head_dim`` for each block and each cell that a token sees. Its operations are as
+many. Query heads that share a key/value head read it again, each for itself: so the CPU's kernel does it.
+"""
 
 
 class Ops(Protocol[TensorT]):
@@ -127,6 +134,20 @@ class Executor(Protocol):
         """Free the device's memory. Harmless when called twice."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chip:
+    """A device that nobody has measured: what its library says of it.
+
+    ``threads`` are those that it computes with when nobody says otherwise; only a chip that ``is_host``, the machine's own processor, takes another number.
+    """
+
+    name: str
+    description: str
+    free_bytes: int
+    threads: int
+    is_host: bool
+
+
 class Backend(Protocol):
     """A library that computes."""
 
@@ -134,8 +155,26 @@ class Backend(Protocol):
     def name(self) -> str:
         """The name that a setting chooses it by."""
 
+    @property
+    def version(self) -> str:
+        """The library's own version: what was measured with one does not hold for another."""
+
+    def chips(self) -> tuple[Chip, ...]:
+        """Every device that this build offers. Takes no time to speak of."""
+
+    def measure(self, device: str, weight_type: str, thread_counts: Sequence[int], budget_s: float) -> tuple[Rate, ...]:
+        """How fast a device computes with weights of a type (``Q4_0``, ``F16``, ...), or attends (`ATTENTION`), for each number of threads.
+
+        The first number is always measured, the others while ``budget_s`` seconds last. Nothing comes back if the device cannot multiply with that type.
+
+        Raises
+        ------
+        BackendError
+            if there is no such device or type, no number of threads, or not enough memory on the device.
+        """
+
     def devices(self) -> tuple[Device, ...]:
-        """Every device that this build offers, measured. Takes a second or two."""
+        """Every device that this build offers and that can run a decoder, measured in haste with weights in Q4_0. Takes a second or two."""
 
     def dequantize(self, tensor: StoredTensor) -> Floats:
         """A stored matrix's values [rows, columns]: the embedding look-up.
@@ -154,6 +193,19 @@ class Backend(Protocol):
         BackendError
             if there is no such device, or not enough memory on it.
         """
+
+
+def measured_device(chip: Chip, backend: str, rates: tuple[Rate, ...]) -> Device:
+    """A chip with its rates, the most important one first: its speed is that one's."""
+    return Device(
+        name=chip.name,
+        description=chip.description,
+        backend=backend,
+        free_bytes=chip.free_bytes,
+        matvec_bytes_per_s=rates[0].matvec_bytes_per_s,
+        threads=chip.threads,
+        rates=rates,
+    )
 
 
 class SoloReducer:

@@ -3,21 +3,22 @@
 Legend of shapes: T tokens, D width, I inputs, O outputs, H heads, K key/value heads, G heads a key/value head, C head dim, N cells.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import gguf
 import numpy as np
 import psutil
 
 from yoke.backends.cells import CellTable
-from yoke.backends.ops import Floats, Program, ShardShape, check_hidden, output_row_indices
+from yoke.backends.ops import Chip, Floats, Program, ShardShape, check_hidden, output_row_indices
 from yoke.core.errors import ModelError
 from yoke.core.frame import Batch
-from yoke.core.node import Device
+from yoke.core.node import Device, Rate
 from yoke.core.spec import Rope, RopeStyle
 from yoke.core.tensor import StoredTensor
 
 NOMINAL_BYTES_PER_S = 1e9  # the reference is never chosen for its speed, so it is not measured
+NOMINAL_FLOP_PER_S = 1e10
 
 
 def dequantize(tensor: StoredTensor) -> Floats:
@@ -156,11 +157,24 @@ class ReferenceBackend:
     """numpy on the CPU."""
 
     name = "reference"
+    version = np.__version__
+
+    def chips(self) -> tuple[Chip, ...]:
+        """The one CPU."""
+        return (Chip(name="CPU", description="numpy", free_bytes=psutil.virtual_memory().available, threads=1, is_host=True),)
+
+    def measure(self, device: str, weight_type: str, thread_counts: Sequence[int], budget_s: float) -> tuple[Rate, ...]:
+        """Nominal rates: all types are float32 here, and numpy chooses its own threads."""
+        return tuple(
+            Rate(weight_type=weight_type, threads=threads, matvec_bytes_per_s=NOMINAL_BYTES_PER_S, matmul_flop_per_s=NOMINAL_FLOP_PER_S)
+            for threads in thread_counts
+        )
 
     def devices(self) -> tuple[Device, ...]:
         """The one CPU."""
-        free = psutil.virtual_memory().available
-        return (Device(name="CPU", description="numpy", backend=self.name, free_bytes=free, matvec_bytes_per_s=NOMINAL_BYTES_PER_S),)
+        (chip,) = self.chips()
+        speed = NOMINAL_BYTES_PER_S
+        return (Device(name=chip.name, description=chip.description, backend=self.name, free_bytes=chip.free_bytes, matvec_bytes_per_s=speed),)
 
     def dequantize(self, tensor: StoredTensor) -> Floats:
         """The values."""

@@ -63,6 +63,7 @@ class Settings:
     rejoin_s: float
     patience_s: float
     replicas: int
+    store_gb: float
     chat_template: str
     state_dir: str
 
@@ -104,6 +105,14 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         name="replicas", default=0, unit="copies", help="copies of each part that spare machines hold ready loaded, for when a machine is lost", least=0, most=8
+    ),
+    Setting(
+        name="store_gb",
+        default=0.0,
+        unit="GB",
+        help="room on disk for weights that came from other machines; 0 is half of what is free, at most 200",
+        least=0.0,
+        most=1e6,
     ),
     Setting(name="chat_template", default="", unit="file", help="a Jinja chat template to use instead of the model's own"),
     Setting(name="state_dir", default="", unit="directory", help="where this node keeps its key; empty is the system's place for such files"),

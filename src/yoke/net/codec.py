@@ -50,10 +50,14 @@ class Purpose(StrEnum):
     """Two ranks of one stage exchange their contributions."""
     RESULT = "result"
     """The last stage's head sends drawn tokens to the engine."""
+    WEIGHTS = "weights"
+    """A node asks for pieces of a model: `yoke.net.pieces`. Belongs to no plan; stage, rank and plan version are 0."""
+    PROBE = "probe"
+    """A node measures the link. Belongs to no plan either."""
 
 
 _KINDS = {int(kind): kind for kind in Kind}
-_PURPOSE_NUMBERS = {Purpose.PIPE: 1, Purpose.GROUP: 2, Purpose.RESULT: 3}
+_PURPOSE_NUMBERS = {Purpose.PIPE: 1, Purpose.GROUP: 2, Purpose.RESULT: 3, Purpose.WEIGHTS: 4, Purpose.PROBE: 5}
 _PURPOSES = {number: purpose for purpose, number in _PURPOSE_NUMBERS.items()}
 
 

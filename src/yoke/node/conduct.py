@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from yoke.backends.ops import CacheType
 from yoke.cluster import messages as to_do
@@ -17,7 +18,12 @@ from yoke.node import messages as say
 from yoke.node.desk import Desk, Ticket
 from yoke.node.links import WorkerLink
 from yoke.node.model import Model
+from yoke.node.supplies import manifests
 from yoke.planner import Outlook, Wish, make_plan
+from yoke.weights.manifest import Manifest, manifest_of
+
+MAX_SUPPLIERS = 16
+"""Nodes that one is told to fetch from, beside the coordinator."""
 
 SPEED_STEPS = 32
 """Steps of one token that a node's speed is taken from."""
@@ -38,8 +44,13 @@ class LoadSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hands:
-    """What a conduct can do to the world: speak to workers, end a connection, start a task, tell a person."""
+    """What a conduct can do to the world: speak to workers, end a connection, start a task, tell a person.
 
+    ``own`` is the coordinator's node, where the model's file is and the engine runs; ``directory`` is where that node keeps what it has found out.
+    """
+
+    own: NodeId
+    directory: Path
     links: Mapping[NodeId, WorkerLink]
     drop: Callable[[NodeId, str], None]
     start: Callable[..., None]
@@ -47,19 +58,15 @@ class Hands:
 
 
 class Conduct:
-    """One model's life on a cluster.
+    """One model's life on a cluster."""
 
-    Parameters
-    ----------
-    own : the coordinator's node, where the model's file is and the engine runs.
-    """
-
-    def __init__(self, model: Model, wish: Wish, settings: LoadSettings, own: NodeId, state: State, desk: Desk, hands: Hands, clock: Clock) -> None:
+    def __init__(self, model: Model, wish: Wish, settings: LoadSettings, state: State, desk: Desk, hands: Hands, clock: Clock) -> None:
         self._model, self._wish, self._settings = model, wish, settings
-        self._own, self._state, self._desk, self._hands, self._clock = own, state, desk, hands, clock
+        self._own, self._state, self._desk, self._hands, self._clock = hands.own, state, desk, hands, clock
         self._outlooks: dict[int, Outlook] = {}
         self._paces: dict[NodeId, _Pace] = {}
-        self._begun_s = clock.monotonic()
+        self._manifest: Manifest | None = None
+        self._nonce = b""
         self.known_links: Callable[[], Sequence[Link]] = tuple
         self.served: asyncio.Future[Outlook] = asyncio.get_running_loop().create_future()
         self.outlook: Outlook | None = None
@@ -104,6 +111,8 @@ class Conduct:
     def hear(self, link: WorkerLink, message: say.FromWorker) -> None:
         """What a worker says about plans."""
         match message:
+            case say.Prepared(version=version):
+                self.handle(to_do.Prepared(version=version, id=link.id))
             case say.Loaded(version=version):
                 self.has_template = message.has_chat_template or self.has_template
                 self.handle(to_do.Loaded(version=version, id=link.id))
@@ -124,9 +133,9 @@ class Conduct:
             case to_do.Load(version=version, plan=plan):
                 self._load(version, plan)
             case to_do.Standby(plan=plan, stage=stage, rank=rank, id=node):
-                self._post(node, self._order(plan, stage, rank, node, is_standby=True))
-            case to_do.Prepare(version=version, plan=plan):
-                self._prepare(version, plan)
+                self._post(node, self._order(plan, (stage, rank), node, say.Use.STANDBY))
+            case to_do.Prepare(plan=plan):
+                self._order_all(plan, say.Use.PREPARE)
             case to_do.Serve(version=version):
                 self._serve(version)
             case to_do.FailStreams(error=error):
@@ -159,6 +168,9 @@ class Conduct:
         wish, links = replace(self._wish, version=version), tuple(self.known_links())
         try:
             outlook = await asyncio.to_thread(_outlook, self._model, nodes, links, wish, is_first=not self.served.done())
+            if len(outlook.bytes_per_node) > 1 and self._manifest is None:
+                file, head_dim, directory = self._model.file, self._model.spec.head_dim, manifests(self._hands.directory)
+                self._manifest = await asyncio.to_thread(manifest_of, file, head_dim, directory)
         except YokeError as error:
             if not self.served.done():
                 self.served.set_exception(error)
@@ -172,19 +184,25 @@ class Conduct:
         if version not in self._outlooks and self.outlook is not None:  # a plan that the state made of the last one, with a node replaced
             self._outlooks[version] = replace(self.outlook, plan=plan)
         self._nonce = secrets.token_bytes(16)
-        for stage, rank, shard in plan.places():
-            self._post(shard.node, self._order(plan, stage, rank, shard.node))
+        self._order_all(plan, say.Use.SERVE)
 
-    def _order(self, plan: Plan, stage: int, rank: int, node: NodeId, *, is_standby: bool = False) -> say.Load:
-        settings = self._settings
+    def _order_all(self, plan: Plan, use: say.Use) -> None:
+        for stage, rank, shard in plan.places():
+            self._post(shard.node, self._order(plan, (stage, rank), shard.node, use))
+
+    def _order(self, plan: Plan, place: tuple[int, int], node: NodeId, use: say.Use) -> say.Load:
+        """What a node is told about its place. Those of the last plan and of this one have pieces of the model, or soon will; the coordinator has all."""
+        settings, manifest, links = self._settings, self._manifest, self._hands.links
         members = [shard.node for _, _, shard in plan.places()]
+        served = [shard.node for _, _, shard in self.outlook.plan.places()] if self.outlook is not None else []
+        suppliers = [other for other in dict.fromkeys((*served, *members)) if other in links and other not in (node, self._own)][:MAX_SUPPLIERS]
         return say.Load(
             plan=plan,
             model=self._model.digest,
-            stage=stage,
-            rank=rank,
+            stage=place[0],
+            rank=place[1],
             nonce=self._nonce,
-            peers=tuple(self._peer(member) for member in members if member in self._hands.links),
+            peers=tuple(links[member].peer for member in members if member in links),
             n_cells=settings.n_cells,
             chunk=settings.chunk,
             max_sessions=settings.max_sessions,
@@ -193,13 +211,10 @@ class Conduct:
             wire_type=settings.wire_type,
             model_path=str(self._model.path) if node == self._own else None,
             chat_template=settings.chat_template,
-            is_standby=is_standby,
+            use=use,
+            manifest=manifest.digest if manifest is not None else b"",
+            suppliers=(*suppliers, self._own),
         )
-
-    def _prepare(self, version: int, plan: Plan) -> None:
-        """What nodes lack is fetched while loading, as long as they keep no store: each is as ready as it can be."""
-        for _, _, shard in plan.places():
-            self.handle(to_do.Prepared(version=version, id=shard.node))
 
     def _serve(self, version: int) -> None:
         """The plan stands: all live answers go on."""
@@ -243,10 +258,6 @@ class Conduct:
         link = self._hands.links.get(node)
         return link.name if link is not None else node[:12]
 
-    def _peer(self, node: NodeId) -> say.Peer:
-        link = self._hands.links[node]
-        return say.Peer(id=link.id, certificate=link.ready.certificate, host=link.host, port=link.ready.port)
-
     def _post(self, node: NodeId, message: say.ToWorker) -> None:
         if (link := self._hands.links.get(node)) is not None:
             link.post(message)
@@ -277,8 +288,8 @@ class _Pace:
 def _outlook(model: Model, nodes: Sequence[Node], links: Sequence[Link], wish: Wish, *, is_first: bool) -> Outlook:
     """The plan that is wished for. When machines were lost, a layout that they were needed for is given up rather than the model."""
     try:
-        return make_plan(model.spec, nodes, links, wish)
+        return make_plan(model.spec, nodes, links, wish if is_first else replace(wish, use_all=False))
     except PlacementError:
-        if is_first or not (wish.is_forced or wish.use_all):
+        if is_first or not wish.is_forced:
             raise
         return make_plan(model.spec, nodes, links, replace(wish, stages=None, ranks=None, shares=None, use_all=False))

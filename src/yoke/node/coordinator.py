@@ -7,6 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -148,8 +149,10 @@ class Coordinator:
             what a worker says, if this first plan cannot be loaded.
         """
         self._links.update({node: member.link for node, member in self._members.items()})
-        hands = Hands(links=self._links, drop=self._drop, start=self._tasks.start, note=self._note)
-        conduct = Conduct(model, wish, settings, self._identity.id, State(self._policy, wish), self._desk, hands, self._clock)
+        hands = Hands(
+            own=self._identity.id, directory=Path(self._start.state_dir), links=self._links, drop=self._drop, start=self._tasks.start, note=self._note
+        )
+        conduct = Conduct(model, wish, settings, State(self._policy, wish), self._desk, hands, self._clock)
         self._model, self._context, self._conduct = model, settings.context, conduct
         settled_s = self._clock.monotonic() - self._policy.settle_s  # who is there now has been waited for
         for member in self._members.values():
@@ -271,6 +274,10 @@ class Coordinator:
         link.name = next(name for name in _names(link.name) if name not in taken)
         member = _Member(link, self._clock.monotonic())
         self._members[link.id] = member
+        link.post(say.Members(peers=tuple(other.link.peer for other in self._members.values())))
+        for other in self._members.values():
+            if other is not member:
+                other.link.post(say.Members(peers=(link.peer,)))
         if self._conduct is not None:
             self._links[link.id] = link
             self._conduct.handle(self._joined_event(member))
@@ -304,7 +311,7 @@ class Coordinator:
         link, why = member.link, ""
         try:
             while True:
-                await self._hear(member, await link.receive())
+                self._hear(member, await link.receive())
         except YokeError as error:
             why = str(error)
         link.writer.close()
@@ -316,7 +323,7 @@ class Coordinator:
             if link.id == self._identity.id:
                 self._tasks.start(self._reemploy(self._clock.monotonic() - member.joined_s))
 
-    async def _hear(self, member: _Member, message: say.FromWorker) -> None:
+    def _hear(self, member: _Member, message: say.FromWorker) -> None:
         link = member.link
         match message:
             case say.Answer() | say.Accepted() if link.id != self._identity.id:
@@ -331,8 +338,6 @@ class Coordinator:
                 member.status = None
             case say.Progress(done_bytes=done, total_bytes=total):
                 self.tell.progress(link.name, done, total)
-            case say.Fetch():
-                await self._serve_weights(link, message)
             case say.Failed(error=note):
                 failure: YokeError = say.noted_error(note)
                 raise failure
@@ -340,14 +345,6 @@ class Coordinator:
                 raise RemoteProtocolError(f"{link.name} introduced itself twice")
             case _ if self._conduct is not None:
                 self._conduct.hear(link, message)
-
-    async def _serve_weights(self, link: WorkerLink, fetch: say.Fetch) -> None:
-        """Send a slice of the model's weights, in parts."""
-        if self._model is None:
-            raise RemoteProtocolError(f"{link.name} asked for weights before there was a model")
-        async for part in self._model.parts(fetch):
-            link.post(part)
-            await link.drain()
 
     def _drop(self, node: NodeId, why: str) -> None:
         """End a member's connection: it is silent, or not wanted any more."""

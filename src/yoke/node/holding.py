@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from yoke.backends.ops import Backend, CacheType, Executor, Floats, Program, ShardShape
@@ -12,7 +11,7 @@ from yoke.core.plan import Span
 from yoke.models.decoder import decoder
 from yoke.models.shards import shard_cuts
 from yoke.net.group import SoloGroup
-from yoke.node.loading import FileSource, Source, stream_weights
+from yoke.node.loading import Source, stream_weights
 from yoke.node.messages import Load
 from yoke.weights.gguf import GgufFile
 
@@ -68,13 +67,14 @@ class Holding:
         self.shape, self.executor, self.reducer, self.file = shape, executor, reducer, file
 
     @classmethod
-    def load(cls, load: Load, backend: Backend, threads: int, remote: Callable[[], Source], report: Callable[[int], None]) -> Self:
+    def load(cls, load: Load, backend: Backend, threads: int, source: Source, report: Callable[[int], None], file: GgufFile | None) -> Self:
         """Read a place's slices into the device.
 
         Parameters
         ----------
-        remote : makes the source of a machine without the model's file.
+        source : where they are.
         report : is given the bytes loaded so far; what it raises ends the loading.
+        file : the model's, where it is here; closed if loading fails, and else with the holding.
 
         Raises
         ------
@@ -83,8 +83,6 @@ class Holding:
         """
         plan, stage = load.plan, load.plan.stages[load.stage]
         shard = stage.shards[load.rank]
-        file = GgufFile.open(Path(load.model_path)) if load.model_path is not None else None
-        source = FileSource(file) if file is not None else remote()
         shape = ShardShape(
             width=plan.spec.width,
             n_blocks=len(stage.blocks),

@@ -73,18 +73,10 @@ class WorkerLink:
         if not self.writer.is_closing():
             self.writer.write(say.encode(message))
 
-    async def drain(self) -> None:
-        """Wait until the other end has taken most of what was posted: comes between large messages.
-
-        Raises
-        ------
-        NodeGone
-            if the stream is closed.
-        """
-        try:
-            await self.writer.drain()
-        except (OSError, RuntimeError) as error:
-            raise NodeGone(f"{self.name} is gone: {error}") from error
+    @property
+    def peer(self) -> say.Peer:
+        """What other workers need to meet this one."""
+        return say.Peer(id=self.id, name=self.name, certificate=self.ready.certificate, host=self.host, port=self.ready.port)
 
     async def receive(self) -> say.FromWorker:
         """The next message.

@@ -6,6 +6,7 @@ Local nodes are real ones: own process, own key, joined through the invite over 
 import asyncio
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -29,6 +30,7 @@ JOIN_S = 60.0
 END_S = 4.0  # longer than a node gives its own worker
 MAX_DEFAULT_CONTEXT = 8192
 MAX_DEFAULT_CELLS = 16384
+MAX_STORE_BYTES = 200 * 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,14 @@ def start_message(settings: Settings, n_local_nodes: int = 1) -> say.Start:
         threads=threads,
         spin_s=settings.spin_us / 1e6 if has_own_cores else 0.0,
         memory_share=settings.memory_share / n_local_nodes,
+        store_bytes=int(settings.store_gb * 1e9) or _spare_disk(directory),
     )
+
+
+def _spare_disk(directory: Path) -> int:
+    """Half of the free bytes of the disk that a directory lies on, or will lie on, and at most `MAX_STORE_BYTES`."""
+    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    return min(MAX_STORE_BYTES, shutil.disk_usage(existing).free // 2)
 
 
 def sizes(settings: Settings, model: Model) -> tuple[int, int]:

@@ -6,6 +6,7 @@ little-endian) and that many bytes of MessagePack, checked against these types.
 
 import asyncio
 import struct
+from enum import StrEnum
 from typing import BinaryIO, TypeVar
 
 import msgspec
@@ -16,13 +17,10 @@ from yoke.core.errors import InvariantError, NodeGone, PlacementError, RemotePro
 from yoke.core.node import Device, NodeId
 from yoke.core.plan import Plan
 from yoke.core.request import Event, Finished, Piece, Request, StageTimes, Started
-from yoke.core.tensor import TensorInfo
 from yoke.net.group import WireType
 from yoke.run.intake import Resume
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-PART_BYTES = 4 * 1024 * 1024
-"""Weights travel in parts of this size, so that a status request never waits long behind them."""
 
 READ_BYTES = 1 << 18
 
@@ -31,7 +29,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To a worker, first: who it is and what it may use. ``threads`` 0 means all cores, ``device`` empty means the fastest."""
+    """To a worker, first: who it is and what it may use. ``threads`` 0 means all cores, ``device`` empty the fastest, ``store_bytes`` what its store may take."""
 
     state_dir: str
     name: str
@@ -42,6 +40,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     threads: int = 0
     spin_s: float = 0.0
     memory_share: float = 0.8
+    store_bytes: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -61,16 +60,37 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """Where a member's worker is reached, and the certificate that it must show."""
 
     id: NodeId
+    name: str
     certificate: bytes
     host: str
     port: int
 
 
+class Use(StrEnum):
+    """What a worker shall do with a place: take part; hold its shard ready loaded; or have its weights in the store."""
+
+    SERVE = "serve"
+    STANDBY = "standby"
+    PREPARE = "prepare"
+
+
+class Members(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker: nodes that it may meet from now on."""
+
+    peers: tuple[Peer, ...]
+
+
+class Forget(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker: a node that it must not let in any more."""
+
+    id: NodeId
+
+
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """To a worker: the plan and its place in it; answered with `Loaded` or `LoadFailed`.
 
-    ``model_path`` is None where the weights must be asked for with `Fetch`; ``model`` tells one model's weights from another's. A worker that ``is_standby``
-    loads what that place holds, but takes no part.
+    ``model`` tells one model's weights from another's. Where ``model_path`` is None, the weights come from ``suppliers``, the last of them the coordinator, whose
+    ``manifest`` has this digest.
     """
 
     plan: Plan
@@ -87,7 +107,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     wire_type: WireType
     model_path: str | None = None
     chat_template: str | None = None
-    is_standby: bool = False
+    use: Use = Use.SERVE
+    manifest: bytes = b""
+    suppliers: tuple[NodeId, ...] = ()
 
 
 class StandDown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -110,6 +132,12 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     has_chat_template: bool = False
 
 
+class Prepared(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: it has in its store all that its place in the plan asks of it."""
+
+    version: int
+
+
 class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From a worker: it could not load its shard, or reach its neighbours."""
 
@@ -122,22 +150,6 @@ class Broken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     version: int
     error: "ErrorNote"
-
-
-class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """From a worker without the file: a slice of a tensor, please; answered with `Part` messages."""
-
-    name: str
-    rows: tuple[int, int] | None = None
-    columns: tuple[int, int] | None = None
-
-
-class Part(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To a worker: the next bytes of the slice that it asked for. ``info`` describes the whole slice."""
-
-    info: TensorInfo
-    data: bytes
-    is_last: bool
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -225,8 +237,8 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: ErrorNote
 
 
-ToWorker = Start | Load | StandDown | Part | Submit | CancelRequest | Ping | AskStatus | Release | Refused
-FromWorker = Ready | Progress | Loaded | LoadFailed | Broken | Fetch | Status | Accepted | Answer | Pong | Leaving | Failed
+ToWorker = Start | Members | Forget | Load | StandDown | Submit | CancelRequest | Ping | AskStatus | Release | Refused
+FromWorker = Ready | Progress | Prepared | Loaded | LoadFailed | Broken | Status | Accepted | Answer | Pong | Leaving | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: "msgspec.msgpack.Decoder[ToWorker]" = msgspec.msgpack.Decoder(ToWorker)

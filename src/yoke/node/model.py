@@ -1,7 +1,5 @@
-"""The model that a cluster serves: its file, its spec, and slices of it for members that do not have it."""
+"""The model that a cluster serves: its file and its spec."""
 
-import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -9,7 +7,6 @@ from typing import Self
 from yoke.core.errors import ModelError
 from yoke.core.spec import ModelSpec
 from yoke.models.families import model_spec
-from yoke.node.messages import PART_BYTES, Fetch, Part
 from yoke.weights.gguf import GgufFile
 
 
@@ -47,18 +44,3 @@ class Model:
             file.close()
             raise
         return cls(path=path.resolve(), spec=spec, file=file, created_at=int(path.stat().st_mtime))
-
-    async def parts(self, fetch: Fetch) -> AsyncIterator[Part]:
-        """A slice in parts of at most `PART_BYTES`.
-
-        Raises
-        ------
-        ModelError
-            if there is no such tensor or slice.
-        """
-        tensor = await asyncio.to_thread(self.file.read, fetch.name, fetch.rows, fetch.columns)
-        view = memoryview(tensor.data)
-        for start in range(0, len(view), PART_BYTES):
-            stop = min(len(view), start + PART_BYTES)
-            yield Part(info=tensor.info, data=bytes(view[start:stop]), is_last=stop == len(view))
-        self.file.release(fetch.name)

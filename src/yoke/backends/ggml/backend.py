@@ -1,24 +1,17 @@
 """ggml as a backend: its devices, their speed, and shards loaded on them."""
 
-import statistics
-import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import psutil
 
 from yoke.backends.ggml.executor import CPU_TYPE, GgmlExecutor
-from yoke.backends.ggml.library import Library, load_library
-from yoke.backends.ops import Floats, Ops, Program, ShardShape, SoloReducer, TensorT
+from yoke.backends.ggml.library import load_library
+from yoke.backends.ggml.measuring import features, measure_attention, measure_weights
+from yoke.backends.ops import ATTENTION, Chip, Floats, Program, measured_device
 from yoke.core.errors import BackendError
-from yoke.core.frame import Batch
-from yoke.core.node import Device
-from yoke.core.tensor import StoredTensor, TensorInfo, TensorType
-
-# Larger than the caches of today's desktop chips (32 MiB here), so that weights come from memory as they do when a model runs.
-_PROBE = TensorInfo(name="probe", type=TensorType.Q4_0, shape=(4096, 4096))
-_PROBE_MATRICES = 8
-_PROBE_RUNS = 5
+from yoke.core.node import Device, Rate
+from yoke.core.tensor import StoredTensor, TensorType
 
 
 class GgmlBackend:
@@ -41,10 +34,33 @@ class GgmlBackend:
         """The library's own version."""
         return self._library.version
 
+    @property
+    def features(self) -> frozenset[str]:
+        """What ggml's code for this machine's processor makes use of: ``AVX2``, ``NEON``, ``REPACK``, ...; empty where it does not tell."""
+        return next((features(self._library, handle) for handle in self._handles() if self._is_host(handle)), frozenset())
+
+    def chips(self) -> tuple[Chip, ...]:
+        """Each device under its own name."""
+        return tuple(self._chip(handle) for handle in self._handles())
+
+    def measure(self, device: str, weight_type: str, thread_counts: Sequence[int], budget_s: float) -> tuple[Rate, ...]:
+        """Blocks of a decoder, computed as a shard's are. The first number of threads takes about half a second."""
+        handle = self._library.backend_dev_by_name(device.encode())
+        known = TensorType.__members__
+        if not handle or weight_type not in {*known, ATTENTION} or not thread_counts or min(thread_counts) < 1:
+            names = ", ".join(chip.name for chip in self.chips())
+            raise BackendError(
+                f"cannot measure {weight_type!r} on device {device!r} with {list(thread_counts)} threads; "
+                f"expected one of {names}, one of {ATTENTION}, {', '.join(known)}, and at least one number from 1 up"
+            )
+        if weight_type == ATTENTION:
+            return measure_attention(self._library, handle, thread_counts, budget_s)
+        return measure_weights(self._library, handle, known[weight_type], thread_counts, budget_s)
+
     def devices(self) -> tuple[Device, ...]:
-        """Each device under its own name, with its measured matrix-vector speed. About half a second a device."""
-        handles = [self._library.backend_dev_get(index) for index in range(self._library.backend_dev_count())]
-        return tuple(self._describe(handle) for handle in handles)
+        """Each device that can run a decoder, under its own name, with its speed in Q4_0. About half a second a device."""
+        measured = ((chip, self.measure(chip.name, "Q4_0", (chip.threads,), 0.0)) for chip in self.chips())
+        return tuple(measured_device(chip, self.name, rates) for chip, rates in measured if rates)
 
     def dequantize(self, tensor: StoredTensor) -> Floats:
         """Values by ggml's own conversion: one call, where the gguf package takes a dozen numpy operations for a row."""
@@ -62,16 +78,20 @@ class GgmlBackend:
         """Load a shard on a device."""
         return GgmlExecutor(self._library, program, device=device, threads=threads or self._threads)
 
-    def _describe(self, handle: int) -> Device:
-        name = self._library.backend_dev_name(handle).decode()
-        on_cpu = self._library.backend_dev_type(handle) == CPU_TYPE
-        return Device(
-            name=name,
+    def _handles(self) -> list[int]:
+        return [self._library.backend_dev_get(index) for index in range(self._library.backend_dev_count())]
+
+    def _is_host(self, handle: int) -> bool:
+        return bool(self._library.backend_dev_type(handle) == CPU_TYPE)
+
+    def _chip(self, handle: int) -> Chip:
+        is_host = self._is_host(handle)
+        return Chip(
+            name=self._library.backend_dev_name(handle).decode(),
             description=self._library.backend_dev_description(handle).decode(),
-            backend=self.name,
-            free_bytes=psutil.virtual_memory().available if on_cpu else self._library.memory(handle),
-            matvec_bytes_per_s=_measure_matvec(self._library, name, self._threads),
-            threads=self._threads if on_cpu else 1,
+            free_bytes=psutil.virtual_memory().available if is_host else self._library.memory(handle),
+            threads=self._threads if is_host else 1,
+            is_host=is_host,
         )
 
 
@@ -81,38 +101,3 @@ def physical_cores() -> int:
     process = psutil.Process()
     allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else cores
     return max(1, min(cores, allowed))
-
-
-def _measure_matvec(library: Library, device: str, threads: int) -> float:
-    """Bytes of weights a second, from a chain of Q4_0 matrix-vector products: median of a few runs."""
-    shape = ShardShape(width=_PROBE.shape[1], n_blocks=1, n_kv_heads=0, head_dim=1, n_cells=1, is_last=True)
-    program = Program(text=_ProbeText(), shape=shape, weights=_probe_weights(), reducer=SoloReducer())
-    executor = GgmlExecutor(library, program, device=device, threads=threads)
-    try:
-        hidden: Floats = np.full((1, shape.width), 0.01, dtype=np.float32)
-        batch = Batch(tokens=(0,), slots=(0,), positions=(0,), cells=(0,))
-        executor.compute(hidden, batch)
-        seconds = []
-        for _ in range(_PROBE_RUNS):
-            start = time.perf_counter()
-            executor.compute(hidden, batch)
-            seconds.append(time.perf_counter() - start)
-        return _PROBE_MATRICES * _PROBE.n_bytes / statistics.median(seconds)
-    finally:
-        executor.close()
-
-
-def _probe_weights() -> Iterable[StoredTensor]:
-    block = np.zeros(TensorType.Q4_0.block_bytes, dtype=np.uint8)
-    block[:2] = np.frombuffer(np.float16(0.001).tobytes(), dtype=np.uint8)
-    block[2:] = 0x79
-    data = np.tile(block, _PROBE.n_bytes // block.size).data
-    for index in range(_PROBE_MATRICES):
-        yield StoredTensor(info=TensorInfo(name=f"probe.{index}", type=_PROBE.type, shape=_PROBE.shape), data=data)
-
-
-class _ProbeText:
-    def __call__(self, ops: Ops[TensorT], x_TD: TensorT, /) -> TensorT:
-        for index in range(_PROBE_MATRICES):
-            x_TD = ops.linear(x_TD, ops.weight(f"probe.{index}"))
-        return x_TD
