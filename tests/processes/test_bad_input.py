@@ -387,11 +387,9 @@ def ready(identity, name="liar"):
 LIES = {
     "a size that it does not have": struct.pack("<I", 0xFFFFFFFF),
     "no message": struct.pack("<I", 5) + b"\xc1\xc1\xc1\xc1\xc1",
-    "a tensor that is not there": say.encode(say.Fetch(name="nothing")),
-    "rows that are not there": say.encode(say.Fetch(name="output.weight", rows=(5, 10**9))),
-    "rows backwards": say.encode(say.Fetch(name="output.weight", rows=(9, 2))),
-    "a negative row": say.encode(say.Fetch(name="output.weight", rows=(-9, 2))),
-    "columns inside a number": say.encode(say.Fetch(name="output.weight", columns=(1, 10**12))),
+    "an answer in the engine's name": say.encode(say.Answer(id="r", error=say.ErrorNote(kind="NodeError", message="no"))),
+    "tokens in the engine's name": say.encode(say.Accepted(id="r", prompt=(1,))),
+    "half a message": struct.pack("<I", 4_000_000) + b"x",
     "an answer nobody asked for": say.encode(say.Status()) + say.encode(say.Loaded(version=7)),
 }
 

@@ -40,13 +40,22 @@ def routes(cluster: Cluster, admin_key: str | None) -> list[Route]:
         body = await _body(request)
         return _json({"invite": await cluster.invite(body.uses, body.valid_s)})
 
+    async def code(request: HttpRequest) -> Response:
+        """A new six-digit code."""
+        check(request)
+        return _json({"code": await cluster.open_code()})
+
     async def remove(request: HttpRequest) -> Response:
         """Put a machine out."""
         check(request)
         await cluster.remove(request.path_params["name"])
         return _json({"removed": request.path_params["name"]})
 
-    return [Route("/yoke/invites", invite, methods=["POST"]), Route("/yoke/nodes/{name}", remove, methods=["DELETE"])]
+    return [
+        Route("/yoke/invites", invite, methods=["POST"]),
+        Route("/yoke/code", code, methods=["POST"]),
+        Route("/yoke/nodes/{name}", remove, methods=["DELETE"]),
+    ]
 
 
 async def _body(request: HttpRequest) -> InviteBody:

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from yoke.cli import options
+from yoke.cli.qr import qr_text
 from yoke.cli.render import errors, output, size
 from yoke.cli.server import Client, Place, find
 from yoke.core.errors import SettingError
@@ -56,12 +57,20 @@ def show(context: typer.Context, url: Url = None, api_key: ApiKey = None, state_
 def invite(
     context: typer.Context,
     uses: Annotated[int, typer.Option(min=1, max=1000, help="How many machines may use it.")] = 1,
+    code: Annotated[bool, typer.Option("--code", help="Show six digits instead, for one machine on the same network.")] = False,
+    qr: Annotated[bool, typer.Option("--qr", help="Show it as a QR code too.")] = False,
     expires: Annotated[str, typer.Option(metavar="TIME", help="How long it is good for: 30m, 12h, 7d.")] = "24h",
 ) -> None:
     """A new invite."""
-    answer = client(*context.obj).ask("POST", "/yoke/invites", {"uses": uses, "valid_s": seconds(expires)})
+    server = client(*context.obj)
+    if code:
+        typer.echo(f"on the other machine, run `yoke join` and type the code {server.ask('POST', '/yoke/code')['code']}; it is good for ten minutes")
+        return
+    answer = server.ask("POST", "/yoke/invites", {"uses": uses, "valid_s": seconds(expires)})
     errors.print("on each other machine, run:", highlight=False)
     typer.echo(f"yoke join {answer['invite']}")
+    if qr:
+        errors.print(qr_text(f"yoke join {answer['invite']}"))
 
 
 def remove(context: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME", help="What `yoke nodes` calls it.")]) -> None:

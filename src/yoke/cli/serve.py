@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,24 @@ import typer
 from yoke.api.server import check_host, create_app, serve_http
 from yoke.cli import options
 from yoke.cli.opening import loaded_cluster, run_until_signal
+from yoke.cli.qr import qr_text
 from yoke.cli.render import errors
-from yoke.cli.server import ADMIN_KEY_BYTES, announced
+from yoke.cli.server import ADMIN_KEY_BYTES, left_word
 from yoke.core.settings import Settings
-from yoke.node.config import state_directory
+from yoke.net.discovery import announced
+from yoke.node.config import machine_name, state_directory
 from yoke.node.coordinator import Coordinator
 from yoke.node.local import Layout
+
+INVITE_USES = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """Ways of joining that are shown beside the invite."""
+
+    qr: bool
+    code: bool
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +44,9 @@ def serve(
     api_key: Annotated[str | None, typer.Option(help="The key that HTTP clients must send.", show_default=False)] = None,
     cluster_host: Annotated[str | None, typer.Option(help="This machine's address for those that join; lets them.", show_default=False)] = None,
     cluster_port: Annotated[int | None, typer.Option(help="Port where machines join; 0 is any.", show_default=False)] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Let no other machine join.")] = False,
+    qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code too.")] = False,
+    code: Annotated[bool, typer.Option("--code", help="Show six digits for one machine on the same network: it runs `yoke join` alone.")] = False,
     nodes: options.Nodes = 1,
     local_nodes: options.LocalNodes = 1,
     stages: options.Stages = None,
@@ -54,23 +70,26 @@ def serve(
         threads=threads, device=device, cache_type=cache_type, wire_type=wire_type, chat_template=chat_template, replicas=replicas,
         patience_s=patience_s, state_dir=state_dir,
     )  # fmt: skip
-    is_open = nodes > local_nodes or cluster_host is not None or cluster_port is not None
+    is_open = not alone or nodes > local_nodes
     layout = Layout(local_nodes=local_nodes, nodes=nodes, is_open=is_open, stages=stages, ranks=ranks, shares=options.share_numbers(shares))
-    run_until_signal(_serve(model, settings, layout))
+    run_until_signal(_serve(model, settings, layout, Shown(qr=qr, code=code)))
 
 
-async def _serve(path: Path, settings: Settings, layout: Layout) -> None:
+async def _serve(path: Path, settings: Settings, layout: Layout, shown: Shown) -> None:
     check_host(settings.host, has_key=bool(settings.api_key))
-    async with loaded_cluster(path, settings, layout, on_ready=lambda cluster: _invite(cluster, layout)) as cluster:
+    async with loaded_cluster(path, settings, layout, on_ready=lambda cluster: _invite(cluster, layout, shown)) as cluster:
         admin_key = secrets.token_urlsafe(ADMIN_KEY_BYTES)
         app = create_app(cluster, key=settings.api_key or None, admin_key=admin_key)
-        with contextlib.ExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
 
             def ready(url: str) -> None:
-                stack.enter_context(announced(state_directory(settings, os.environ), url, admin_key))
+                stack.enter_context(left_word(state_directory(settings, os.environ), url, admin_key))
                 typer.echo(f"serving {path.stem} at {url}")
 
             cluster.tell.note = _log
+            if layout.is_open:
+                door = cluster.door
+                await stack.enter_async_context(announced(door.node, machine_name(), door.hosts, door.port, note=_log))
             await serve_http(app, host=settings.host, port=settings.port, ready=ready)
 
 
@@ -78,11 +97,16 @@ def _log(text: str) -> None:
     errors.print(text, highlight=False)
 
 
-def _invite(cluster: Coordinator, layout: Layout) -> None:
+def _invite(cluster: Coordinator, layout: Layout, shown: Shown) -> None:
     """Tell how others join, and who does."""
     cluster.tell.joined = lambda node: errors.print(f"{node.name} joined with {node.device.description}", highlight=False)
     if layout.is_open:
-        errors.print("on each other machine, run:", highlight=False)
-        typer.echo(f"yoke join {cluster.standing_invite.encode()}")
+        invite = cluster.door.invite(INVITE_USES, label="yoke serve").encode()
+        errors.print("on each other machine, run (good for a day; `yoke nodes invite` makes others):", highlight=False)
+        typer.echo(f"yoke join {invite}")
+        if shown.qr:
+            errors.print(qr_text(f"yoke join {invite}"))
+        if shown.code:
+            errors.print(f"or on one machine of this network: yoke join, and the code {cluster.door.open_code()}", highlight=False)
         if layout.nodes > layout.local_nodes:
             errors.print(f"waiting until {layout.nodes} nodes are there", highlight=False)

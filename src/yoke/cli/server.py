@@ -31,7 +31,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @contextlib.contextmanager
-def announced(directory: Path, url: str, admin_key: str) -> Iterator[None]:
+def left_word(directory: Path, url: str, admin_key: str) -> Iterator[None]:
     """Leave word of where this server answers, for other commands of the same user, as long as it runs.
 
     Raises

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +29,6 @@ def register(app: typer.Typer) -> None:
 def status(
     as_json: options.Json = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it, until Ctrl-C.")] = False,
-    export: Annotated[Path | None, typer.Option(metavar="FILE", help="Write nodes and links as a cluster.yaml, for `yoke plan --cluster`.")] = None,
     url: Url = None,
     api_key: ApiKey = None,
     state_dir: options.StateDir = None,
@@ -45,10 +43,7 @@ def status(
         return answer
 
     answer = ask()
-    if export is not None:
-        write_export(export, answer)
-        output.print(f"wrote {export}", highlight=False)
-    elif as_json:
+    if as_json:
         typer.echo(json.dumps(answer))
     elif not watch:
         output.print(_picture(answer, None))

@@ -213,6 +213,15 @@ class Cluster(Protocol):
             if nobody may join this cluster.
         """
 
+    async def open_code(self) -> str:
+        """Six digits by which one machine on the same network may join, for some minutes.
+
+        Raises
+        ------
+        RequestError
+            if nobody may join this cluster.
+        """
+
     async def remove(self, name: str) -> None:
         """Put a machine out at once, and for good.
 

@@ -92,7 +92,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="host", default="127.0.0.1", unit="address", help="where the HTTP API listens; other than loopback needs api_key"),
     Setting(name="port", default=8080, unit="", help="port of the HTTP API; 0 is any", least=0, most=65535),
     Setting(name="api_key", default="", unit="", help="the key that HTTP clients must send; empty asks for none"),
-    Setting(name="cluster_host", default="127.0.0.1", unit="address", help="this machine's address for the other machines of the cluster"),
+    Setting(name="cluster_host", default="", unit="address", help="this machine's address for the other machines of the cluster; empty is the one that it has"),
     Setting(name="cluster_port", default=0, unit="", help="port where machines join; 0 is any", least=0, most=65535),
     Setting(name="rejoin_s", default=600.0, unit="seconds", help="how long a machine that has lost its cluster tries to find it again", least=0.0, most=1e9),
     Setting(

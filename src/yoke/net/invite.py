@@ -2,44 +2,59 @@
 
 import base64
 import binascii
+import ipaddress
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 from yoke.core.errors import UserError
 from yoke.core.node import NodeId
 
 SECRET_BYTES = 10
 
-_PREFIX = "yoke1-"
-_VERSION = 1
-# version, public key, port, secret; the host's name follows, then a checksum.
-_FIXED = struct.Struct(f"<B32sH{SECRET_BYTES}s")
+MAX_HOSTS = 8
+"""A machine with more addresses than that names the first ones."""
+
+VERSION = 2
+
+DOOR_VERSION = 2
+"""The version of what is said where an invite leads to (`yoke.node.admission`)."""
+
+_PREFIX = f"yoke{VERSION}-"
+_ANY_PREFIX = re.compile(r"yoke(\d{1,3})-", re.ASCII)
+# version, public key, port, secret, number of hosts; the hosts follow, then a checksum.
+_FIXED = struct.Struct(f"<B32sH{SECRET_BYTES}sB")
 _CHECKSUM = struct.Struct("<H")
-_MAX_HOST_BYTES = 255
+_MAX_NAME_BYTES = 255
+_NAME, _IPV4, _IPV6 = 0, 4, 6  # how a host is written: a name's length and its UTF-8, 4 bytes, 16 bytes
+_ADDRESS_BYTES = {_IPV4: 4, _IPV6: 16}
+_MAX_BYTES = _FIXED.size + MAX_HOSTS * (2 + _MAX_NAME_BYTES) + _CHECKSUM.size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invite:
-    """An invitation by node ``node_id``, which answers at ``host`` and ``port``. ``secret`` is 10 bytes, good for whom it was made."""
+    """An invitation by node ``node_id``, which answers at ``port`` of one of its ``hosts``. ``secret`` is 10 bytes.
+
+    ``hosts`` are names and addresses, at least one; a machine on several networks has several. ``host`` is for whoever has just one.
+    """
 
     node_id: NodeId
-    host: str
+    hosts: tuple[str, ...] = ()
     port: int
     secret: bytes
+    host: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
-        if len(self.node_id) != 64 or any(c not in "0123456789abcdef" for c in self.node_id):
-            raise UserError(f"an invite of node {self.node_id!r}; expected 64 hexadecimal digits")
-        if not 0 < self.port < 1 << 16:
-            raise UserError(f"an invite with port {self.port}; expected 1 to 65535")
+    def __post_init__(self, host: str | None) -> None:
+        if host is not None:
+            object.__setattr__(self, "hosts", (host, *self.hosts))
+        object.__setattr__(self, "hosts", tuple(dict.fromkeys(map(_plain, self.hosts))))
+        check_place(self.node_id, self.hosts, self.port)
         if len(self.secret) != SECRET_BYTES:
             raise UserError(f"an invite with a secret of {len(self.secret)} bytes; expected {SECRET_BYTES}")
-        if not _is_host(self.host):
-            raise UserError(f"an invite with host {self.host!r}; expected a name or address without spaces, of at most {_MAX_HOST_BYTES} bytes")
 
     def encode(self) -> str:
-        """The invite as text: ``yoke1-`` and lower-case base32, about 90 characters."""
-        data = _FIXED.pack(_VERSION, bytes.fromhex(self.node_id), self.port, self.secret) + self.host.encode()
+        """The invite as text: ``yoke2-`` and lower-case base32, about 90 characters and 8 more for each further IPv4 address."""
+        data = _FIXED.pack(VERSION, bytes.fromhex(self.node_id), self.port, self.secret, len(self.hosts)) + b"".join(map(_packed, self.hosts))
         return _PREFIX + _base32(data + _CHECKSUM.pack(_checksum(data)))
 
     @classmethod
@@ -49,37 +64,96 @@ class Invite:
         Raises
         ------
         UserError
-            if the text is no invite, is incomplete, or was mistyped.
+            if the text is no invite, is incomplete, was mistyped, or is of another version.
         """
         text = text.strip()
-        if not text.isascii() or not text.lower().startswith(_PREFIX):
+        if not text.isascii() or (prefix := _ANY_PREFIX.match(text.lower())) is None:
             raise UserError(f"this is not an invite: an invite starts with {_PREFIX}; copy the whole line that the other machine printed")
-        code = text.lower()[len(_PREFIX) :]
-        mistyped = UserError("this invite was mistyped or cut off; copy the whole line that the other machine printed")
-        if len(code) > 2 * (_FIXED.size + _MAX_HOST_BYTES + _CHECKSUM.size):
-            raise mistyped
+        if int(prefix[1]) != VERSION:
+            raise _other_version(int(prefix[1]))
+        code = text.lower()[prefix.end() :]
+        if len(code) > 2 * _MAX_BYTES:
+            raise _mistyped()
         try:
             raw = base64.b32decode(code.upper() + "=" * (-len(code) % 8))
         except binascii.Error as error:
-            raise mistyped from error
+            raise _mistyped() from error
         data, checksum = raw[: -_CHECKSUM.size], raw[-_CHECKSUM.size :]
         # The comparison with the canonical text catches a last character whose surplus bits are set: they are in no byte, so in no checksum.
         if len(data) <= _FIXED.size or _CHECKSUM.pack(_checksum(data)) != checksum or _base32(raw) != code:
-            raise mistyped
-        version, key, port, secret = _FIXED.unpack_from(data)
-        if version != _VERSION:
-            raise UserError(f"this invite is of version {version}, this program knows {_VERSION}; install the same version of Yoke on both machines")
-        try:
-            host = data[_FIXED.size :].decode()
-        except UnicodeDecodeError as error:
-            raise mistyped from error
-        return cls(node_id=NodeId(key.hex()), host=host, port=port, secret=secret)
+            raise _mistyped()
+        version, key, port, secret, n_hosts = _FIXED.unpack_from(data)
+        if version != VERSION:
+            raise _other_version(version)
+        return cls(node_id=NodeId(key.hex()), hosts=_unpacked(data[_FIXED.size :], n_hosts), port=port, secret=secret)
+
+
+def check_place(node_id: str, hosts: tuple[str, ...], port: int) -> None:
+    """Whether this can be a node and where it answers.
+
+    Raises
+    ------
+    UserError
+        naming what cannot.
+    """
+    if len(node_id) != 64 or any(c not in "0123456789abcdef" for c in node_id):
+        raise UserError(f"an invite of node {node_id!r}; expected 64 hexadecimal digits")
+    if not 0 < port < 1 << 16:
+        raise UserError(f"an invite with port {port}; expected 1 to 65535")
+    if not 0 < len(hosts) <= MAX_HOSTS:
+        raise UserError(f"an invite with {len(hosts)} hosts; expected 1 to {MAX_HOSTS}")
+    for host in hosts:
+        if not _is_host(host):
+            raise UserError(f"an invite with host {host!r}; expected a name or address without spaces or a zone, of at most {_MAX_NAME_BYTES} bytes")
+
+
+def _plain(host: str) -> str:
+    """An address as it is usually written, so that equal ones are equal; a name as it is."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
+
+
+def _packed(host: str) -> bytes:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        name = host.encode()
+        return bytes((_NAME, len(name))) + name
+    return bytes((_IPV4 if address.version == 4 else _IPV6,)) + address.packed
+
+
+def _unpacked(data: bytes, n_hosts: int) -> tuple[str, ...]:
+    """So many hosts, and not a byte more."""
+    hosts = []
+    try:
+        for _ in range(n_hosts):
+            kind = data[0]
+            start, n_bytes = (2, data[1]) if kind == _NAME else (1, _ADDRESS_BYTES[kind])
+            packed, data = data[start : start + n_bytes], data[start + n_bytes :]
+            if len(packed) < n_bytes:
+                raise _mistyped()
+            hosts.append(packed.decode() if kind == _NAME else str(ipaddress.ip_address(packed)))
+    except (LookupError, ValueError) as error:
+        raise _mistyped() from error
+    if data:
+        raise _mistyped()
+    return tuple(hosts)
 
 
 def _is_host(host: str) -> bool:
-    if not host or not host.isprintable() or any(c.isspace() for c in host):
+    if not host or not host.isprintable() or any(c.isspace() or c == "%" for c in host):  # a zone (%eth0) means nothing on another machine
         return False
-    return len(host.encode("utf-8", "replace")) <= _MAX_HOST_BYTES
+    return len(host.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
+
+
+def _mistyped() -> UserError:
+    return UserError("this invite was mistyped or cut off; copy the whole line that the other machine printed")
+
+
+def _other_version(version: int) -> UserError:
+    return UserError(f"this invite is of version {version}, this program knows {VERSION}; install the same version of Yoke on both machines and make a new one")
 
 
 def _base32(data: bytes) -> str:

@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import itertools
-import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -14,21 +12,18 @@ from typing import Self
 from yoke.cluster import messages as to_do
 from yoke.cluster.state import Policy, State
 from yoke.core.clock import Clock, SystemClock
-from yoke.core.errors import AdmissionError, RemoteProtocolError, RequestError, SettingError, YokeError
+from yoke.core.errors import AdmissionError, RemoteProtocolError, RequestError, YokeError
 from yoke.core.node import Node, NodeId
 from yoke.core.request import ClusterStatus, Event, Finished, ModelCard, Request, StageTimes
-from yoke.net.identity import Identity, admission_server_context
-from yoke.net.invite import SECRET_BYTES, Invite
+from yoke.net.identity import Identity
 from yoke.node import messages as say
-from yoke.node.admission import MAX_STREAM_BYTES, admit
 from yoke.node.conduct import Conduct, Hands, LoadSettings
 from yoke.node.desk import Desk
+from yoke.node.door import Door, Guest
 from yoke.node.links import WorkerLink, WorkerProcess, introduce
+from yoke.node.membership import Membership
 from yoke.node.model import Model
 from yoke.planner import Outlook, Wish
-
-MAX_KNOCKS = 16
-"""Strangers that may be introducing themselves at once."""
 
 STATUS_S = 2.0
 INTRODUCTION_S = 120.0
@@ -72,7 +67,6 @@ class Coordinator:
         self._identity, self._start, self._port = identity, start, port
         self._policy = policy or Policy()
         self._clock = clock or SystemClock()
-        self._secret = secrets.token_bytes(SECRET_BYTES)
         self._members: dict[NodeId, _Member] = {}
         self._links: dict[NodeId, WorkerLink] = {}
         self._joined = asyncio.Condition()
@@ -83,7 +77,8 @@ class Coordinator:
         self._conduct: Conduct | None = None
         self._is_ending = False
         self._stack = contextlib.AsyncExitStack()
-        self._knocks = asyncio.Semaphore(MAX_KNOCKS)
+        self._membership: Membership | None = None
+        self._door: Door | None = None
         self.tell = Listeners()
 
     async def __aenter__(self) -> Self:
@@ -92,13 +87,10 @@ class Coordinator:
         try:
             await self._employ()
             if self._port is not None:
-                context = admission_server_context(self._identity)
-                try:
-                    server = await asyncio.start_server(self._welcome, self._start.host, self._port, ssl=context, limit=MAX_STREAM_BYTES)
-                except OSError as error:
-                    raise SettingError(f"cannot listen for joining machines on {self._start.host} port {self._port}: {error}; choose another") from error
-                self._port = server.sockets[0].getsockname()[1]
-                self._stack.callback(server.close)
+                membership = Membership(Path(self._start.state_dir), self._identity.id, self._start.name, self._clock)
+                address = (self._start.host, self._port)
+                door = Door(self._identity, membership, address, self._welcome, self._members.__contains__, note=self._note, clock=self._clock)
+                self._membership, self._door = membership, await self._stack.enter_async_context(door)
         except BaseException:
             await self._stack.aclose()
             raise
@@ -117,9 +109,17 @@ class Coordinator:
             member.link.post(say.Release())
 
     @property
-    def standing_invite(self) -> Invite:
-        """What another machine needs to join."""
-        return Invite(node_id=self._identity.id, host=self._start.host, port=self._port or 0, secret=self._secret)
+    def door(self) -> Door:
+        """Where other machines join.
+
+        Raises
+        ------
+        RequestError
+            if nobody may.
+        """
+        if self._door is None:
+            raise RequestError("this cluster is closed: it was started for this machine alone", status=409)
+        return self._door
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -223,9 +223,17 @@ class Coordinator:
         RequestError
             if nobody may join this cluster.
         """
-        if self._port is None:
-            raise RequestError("this cluster is closed; start it with --cluster-host, so that others can reach it", status=409)
-        return self.standing_invite.encode()
+        return self.door.invite(uses, valid_s).encode()
+
+    async def open_code(self) -> str:
+        """Six digits for one machine that is on the same network.
+
+        Raises
+        ------
+        RequestError
+            if nobody may join this cluster.
+        """
+        return str(self.door.open_code())
 
     async def remove(self, name: str) -> None:
         """Put a machine out at once.
@@ -235,12 +243,10 @@ class Coordinator:
         RequestError
             if there is none of that name, or it is the first one.
         """
-        member = next((member for member in self._members.values() if member.link.name == name), None)
-        if member is None or member.link.id == self._identity.id:
-            names = ", ".join(sorted(m.link.name for m in self._members.values() if m.link.id != self._identity.id))
-            raise RequestError(f"no machine named {name!r} can be removed; those that can: {names or 'none'}", status=404)
-        member.link.post(say.Release())
-        self._drop(member.link.id, f"{name} was removed")
+        gone = self.door.remove(name).id
+        self._drop(gone, f"{name} was removed")
+        for member in self._members.values():
+            member.link.post(say.Forget(id=gone))
 
     async def _ask_status(self, member: _Member) -> say.Status | None:
         if member.status is None:
@@ -270,8 +276,6 @@ class Coordinator:
             self._tasks.start(self._reemploy(0.0))
 
     async def _add(self, link: WorkerLink) -> None:
-        taken = {member.link.name for node, member in self._members.items() if node != link.id}
-        link.name = next(name for name in _names(link.name) if name not in taken)
         member = _Member(link, self._clock.monotonic())
         self._members[link.id] = member
         link.post(say.Members(peers=tuple(other.link.peer for other in self._members.values())))
@@ -285,26 +289,18 @@ class Coordinator:
         async with self._joined:
             self._joined.notify_all()
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One knock at the door."""
-        if self._knocks.locked():
-            writer.close()
-            return
-        async with self._knocks:
-            try:
-                newcomer, certificate = await admit(reader, writer, self._identity.id, self._secret, self._members)
-                bodies = say.Bodies(reader)
-                async with asyncio.timeout(INTRODUCTION_S):
-                    ready = await introduce(bodies, writer, None)
-                if ready.id != newcomer or ready.certificate != certificate or newcomer in self._members:
-                    raise AdmissionError("the newcomer is a member already, or its worker has another key")
-            except (YokeError, TimeoutError):
-                writer.close()
-                return
-        host = str(writer.get_extra_info("peername")[0])
-        link = WorkerLink(newcomer, ready.name, host, bodies, writer, ready, writer.transport.abort)
+    async def _welcome(self, guest: Guest) -> None:
+        """A machine was let in: hear its worker introduce itself."""
+        reader, writer = guest.stream
+        bodies = say.Bodies(reader)
+        async with asyncio.timeout(INTRODUCTION_S):
+            ready = await introduce(bodies, writer, None)
+        if ready.id != guest.id or ready.certificate != guest.certificate or self._membership is None:
+            raise AdmissionError("the newcomer's worker has another key than it was let in with")
+        name = self._membership.introduce(guest.id, ready.name)
+        link = WorkerLink(guest.id, name, guest.host, bodies, writer, ready, writer.transport.abort)
         await self._add(link)
-        self.tell.joined(self._node(self._members[newcomer]))
+        self.tell.joined(self._node(self._members[guest.id]))
 
     async def _listen(self, member: _Member) -> None:
         """Hear one worker out, until its stream ends."""
@@ -343,7 +339,7 @@ class Coordinator:
                 raise failure
             case say.Ready():
                 raise RemoteProtocolError(f"{link.name} introduced itself twice")
-            case _ if self._conduct is not None:
+            case _ if self._conduct is not None and not self._is_ending:
                 self._conduct.hear(link, message)
 
     def _drop(self, node: NodeId, why: str) -> None:
@@ -389,9 +385,3 @@ def _event(message: say.Answer) -> Event | YokeError:
     if event is not None:
         return event
     return say.noted_error(message.error) if message.error is not None else RemoteProtocolError("an answer without an event")
-
-
-def _names(name: str) -> Iterator[str]:
-    """A machine's name, then the same with a number: two machines of one name must be told apart everywhere."""
-    yield name
-    yield from (f"{name}-{number}" for number in itertools.count(2))

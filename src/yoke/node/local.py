@@ -17,6 +17,7 @@ from yoke.backends.ggml.backend import physical_cores
 from yoke.cluster.state import Policy
 from yoke.core.errors import NodeGone, SettingError
 from yoke.core.settings import Settings
+from yoke.net.addresses import local_addresses
 from yoke.net.group import WireType
 from yoke.net.identity import Identity
 from yoke.node import messages as say
@@ -57,22 +58,22 @@ async def open_coordinator(settings: Settings, layout: Layout, on_ready: Callabl
     identity = Identity.load_or_create(state_directory(settings, os.environ))
     port = settings.cluster_port if layout.is_open or layout.local_nodes > 1 else None
     policy = Policy(patience_s=settings.patience_s, replicas=settings.replicas)
-    async with Coordinator(identity, start_message(settings, layout.local_nodes), port=port, policy=policy) as coordinator:
+    async with Coordinator(identity, start_message(settings, layout.local_nodes, is_open=layout.is_open), port=port, policy=policy) as coordinator:
         on_ready(coordinator)
         async with _local_nodes(coordinator, settings, layout.local_nodes):
             await coordinator.wait_for(max(layout.nodes, layout.local_nodes))
             yield coordinator
 
 
-def start_message(settings: Settings, n_local_nodes: int = 1) -> say.Start:
-    """What a worker of this machine is told first; nodes that share a machine share its cores and memory."""
+def start_message(settings: Settings, n_local_nodes: int = 1, *, is_open: bool = False) -> say.Start:
+    """What a worker of this machine is told first; nodes that share a machine share its cores and memory. Only one that ``is_open`` is reached from outside."""
     directory = state_directory(settings, os.environ)
     threads = settings.threads or max(1, physical_cores() // n_local_nodes)
     has_own_cores = threads * n_local_nodes <= physical_cores()  # asking again and again takes time from whoever needs the same core
     return say.Start(
         state_dir=str(directory),
         name=machine_name(),
-        host=settings.cluster_host,
+        host=settings.cluster_host or (local_addresses(1)[0] if is_open else "127.0.0.1"),
         backend=settings.backend,
         library=settings.library,
         device=settings.device,
@@ -167,9 +168,10 @@ async def _local_nodes(coordinator: Coordinator, settings: Settings, n_nodes: in
     with tempfile.TemporaryDirectory(prefix="yoke-nodes-") as directory:
         nodes: list[asyncio.subprocess.Process] = []
         try:
+            invite = coordinator.door.invite(uses=n_nodes - 1, valid_s=JOIN_S, is_lasting=False).encode()
             for index in range(1, n_nodes):
                 place = ["--state-dir", str(Path(directory) / f"node-{index}"), "--name", f"{machine_name()}-{index}", "--quiet"]
-                command = [sys.executable, "-m", "yoke", "join", coordinator.standing_invite.encode(), *place, *flags]
+                command = [sys.executable, "-m", "yoke", "join", invite, *place, *flags]
                 # In a session of their own: Ctrl-C in the terminal is for this process alone, which then ends them.
                 nodes.append(await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True))
             await _all_joined(coordinator, nodes, n_nodes)

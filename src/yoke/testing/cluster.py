@@ -112,6 +112,10 @@ class FakeCluster:
         """A text with both numbers."""
         return f"yoke-fake-{uses}-{valid_s:g}"
 
+    async def open_code(self) -> str:
+        """Always the same."""
+        return "123 456"
+
     async def remove(self, name: str) -> None:
         """Remember the name; the fake node itself stays.
 

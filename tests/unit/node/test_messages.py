@@ -18,7 +18,6 @@ from yoke.core.node import Device, NodeId
 from yoke.core.plan import Plan
 from yoke.core.request import Finished, FinishReason, Message, Piece, Request, Role, Sampling, StageTimes, Started
 from yoke.core.spec import ModelSpec, Rope, RopeStyle
-from yoke.core.tensor import TensorInfo, TensorType
 from yoke.net.group import WireType
 from yoke.node import messages as say
 from yoke.planner import grid_plan
@@ -50,7 +49,7 @@ def tiny_plan() -> Plan:
 
 
 def load(plan: Plan) -> say.Load:
-    peers = tuple(say.Peer(id=node, certificate=b"\x30\x82", host="10.0.0.1", port=7000 + i) for i, node in enumerate(NODES))
+    peers = tuple(say.Peer(id=node, name="n", certificate=b"\x30\x82", host="10.0.0.1", port=7000 + i) for i, node in enumerate(NODES))
     return say.Load(
         plan=plan,
         model=bytes(32),
@@ -78,13 +77,14 @@ REQUEST = Request(
     ignore_eos=True,
 )
 NOTE = say.ErrorNote(kind="RequestError", message="no", field="prompt", status=404)
-INFO = TensorInfo(name="w", type=TensorType.Q8_0, shape=(3, 64))
+PEER = say.Peer(id=NODES[0], name="attic", certificate=b"c", host="10.0.0.1", port=7)
 TIMES = StageTimes(stage=0, rank=1, node="attic", steps=1, tokens=2, compute_s=0.1, collective_s=0.2, wire_s=0.3, waiting_s=0.4)
 
 TO_WORKER: list[say.ToWorker] = [
     say.Start(state_dir="/x", name="attic", host="127.0.0.1", threads=2, spin_s=1e-4),
     load(tiny_plan()),
-    say.Part(info=INFO, data=bytes(range(204)), is_last=True),
+    say.Members(peers=(PEER,)),
+    say.Forget(id=NODES[0]),
     say.Submit(request=REQUEST),
     say.Submit(request=Request(id="t", model="", tokens=(0, 2**31))),
     say.Submit(request=Request(id="u", model="", text="")),
@@ -106,8 +106,7 @@ FROM_WORKER: list[say.FromWorker] = [
     say.Accepted(id="r", prompt=(1, 2)),
     say.Pong(version=3, single_steps=4, single_s=0.5),
     say.Leaving(),
-    say.Fetch(name="blk.0.attn_q.weight", rows=(0, 8)),
-    say.Fetch(name="blk.0.attn_output.weight", columns=(32, 64)),
+    say.Prepared(version=3),
     say.Status(),
     say.Status(times=TIMES, running=1, queued=2, free_cells=3),
     say.Answer(id="r", started=Started(prompt_tokens=3)),
