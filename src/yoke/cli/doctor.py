@@ -36,7 +36,7 @@ def doctor(
         facts = examine(settings, state_directory(settings, os.environ), invited)
     found = findings(facts)
     if as_json:
-        typer.echo(json.dumps({"ok": is_well(found), "findings": msgspec.to_builtins(found), "facts": msgspec.to_builtins(facts)}))
+        typer.echo(json.dumps({"ok": is_well(found), "findings": msgspec.to_builtins(found), "facts": msgspec.to_builtins(facts, order="deterministic")}))
     else:
         for finding in found:
             output.print(_line(finding), soft_wrap=True)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,15 @@ from yoke.node.door import Door, Guest
 from yoke.node.links import WorkerLink, WorkerProcess, introduce
 from yoke.node.membership import Membership
 from yoke.node.model import Model
+from yoke.node.surveyor import Surveyor
+from yoke.node.tasks import Tasks
 from yoke.planner import Outlook, Wish
 
 STATUS_S = 2.0
 INTRODUCTION_S = 120.0
+SURVEY_S = 5.0
+"""How long the first plan waits for links to be measured."""
+
 RESTART_S = 1.0
 """How long this machine's worker must have lived for another to be started at once when it dies."""
 
@@ -71,6 +76,7 @@ class Coordinator:
         self._links: dict[NodeId, WorkerLink] = {}
         self._joined = asyncio.Condition()
         self._desk = Desk()
+        self._surveyor = Surveyor(self._links, identity.id, lambda: not len(self._desk), self._clock)
         self._news: deque[str] = deque(maxlen=20)
         self._model: Model | None = None
         self._context = 0
@@ -83,9 +89,10 @@ class Coordinator:
 
     async def __aenter__(self) -> Self:
         """Start this machine's worker, and listen if members may come."""
-        self._tasks = await self._stack.enter_async_context(_Tasks())
+        self._tasks = await self._stack.enter_async_context(Tasks())
         try:
             await self._employ()
+            self._tasks.start(self._surveyor.run())
             if self._port is not None:
                 membership = Membership(Path(self._start.state_dir), self._identity.id, self._start.name, self._clock)
                 address = (self._start.host, self._port)
@@ -148,7 +155,6 @@ class Coordinator:
         YokeError
             what a worker says, if this first plan cannot be loaded.
         """
-        self._links.update({node: member.link for node, member in self._members.items()})
         hands = Hands(
             own=self._identity.id, directory=Path(self._start.state_dir), links=self._links, drop=self._drop, start=self._tasks.start, note=self._note
         )
@@ -157,6 +163,10 @@ class Coordinator:
         settled_s = self._clock.monotonic() - self._policy.settle_s  # who is there now has been waited for
         for member in self._members.values():
             conduct.begin(self._joined_event(member), settled_s)
+        conduct.known_links = lambda: self._surveyor.links
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SURVEY_S):
+                await self._surveyor.is_done.wait()
         self._tasks.start(conduct.tick())
         return await asyncio.shield(conduct.served)
 
@@ -209,7 +219,7 @@ class Coordinator:
             running=engine.running,
             queued=max(engine.queued, len(self._desk) - engine.running),
             stages=tuple(sorted(times, key=lambda t: (t.stage, t.rank))),
-            links=tuple(conduct.known_links()) if conduct is not None else (),
+            links=self._surveyor.links,
             phase=conduct.phase if conduct is not None else "starting",
             predicted_tokens_per_s=conduct.outlook.tokens_per_s if conduct is not None and conduct.outlook is not None else None,
             news=tuple(self._news),
@@ -282,8 +292,8 @@ class Coordinator:
         for other in self._members.values():
             if other is not member:
                 other.link.post(say.Members(peers=(link.peer,)))
+        self._links[link.id] = link
         if self._conduct is not None:
-            self._links[link.id] = link
             self._conduct.handle(self._joined_event(member))
         self._tasks.start(self._listen(member))
         async with self._joined:
@@ -313,8 +323,8 @@ class Coordinator:
         link.writer.close()
         if self._members.get(link.id) is member and not self._is_ending:
             del self._members[link.id]
+            del self._links[link.id]
             if self._conduct is not None:
-                del self._links[link.id]
                 self._conduct.handle(to_do.Lost(id=link.id, why=member.why_gone or f"{link.name} is gone ({why})"))
             if link.id == self._identity.id:
                 self._tasks.start(self._reemploy(self._clock.monotonic() - member.joined_s))
@@ -332,6 +342,8 @@ class Coordinator:
                 if member.status is not None and not member.status.done():
                     member.status.set_result(message)
                 member.status = None
+            case say.Probed():
+                self._surveyor.hear(message)
             case say.Progress(done_bytes=done, total_bytes=total):
                 self.tell.progress(link.name, done, total)
             case say.Failed(error=note):
@@ -357,27 +369,6 @@ class Coordinator:
 
     def _node(self, member: _Member) -> Node:
         return Node(id=member.link.id, name=member.link.name, device=member.link.ready.device, measured_at=self._clock.epoch())
-
-
-class _Tasks:
-    """Background tasks with an owner: at its end they are cancelled and waited for."""
-
-    def __init__(self) -> None:
-        self._running: set[asyncio.Task[None]] = set()
-
-    def start(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        running = tuple(self._running)
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
 
 
 def _event(message: say.Answer) -> Event | YokeError:

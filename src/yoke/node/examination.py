@@ -23,8 +23,9 @@ import yoke
 from yoke.backends.ggml.backend import GgmlBackend, physical_cores
 from yoke.core.errors import SettingError, YokeError
 from yoke.core.settings import Settings
+from yoke.net.addresses import local_addresses
 from yoke.net.identity import Identity
-from yoke.net.invite import Invite
+from yoke.net.invite import MAX_HOSTS, Invite
 from yoke.node.health import Facts, Ggml, Network, Package, Processor, Room, Software
 from yoke.node.profile import FILE_NAME, read_book
 from yoke.node.reach import Call, PortUse, addresses_of, call_all, clock_skew, interface_towards, port_use
@@ -215,7 +216,8 @@ def _calls(settings: Settings, state_dir: Path, invite: Invite | None, use: Port
         yield from call_all(invite.hosts, invite.port, invite.node_id, settings.port)
     elif use is PortUse.YOKE and settings.cluster_port and (state_dir / KEY_NAME).is_file():
         own = Identity.load_or_create(state_dir).id
-        yield from call_all((settings.cluster_host,), settings.cluster_port, own, settings.port)
+        hosts = (settings.cluster_host,) if settings.cluster_host else ("127.0.0.1", *local_addresses(MAX_HOSTS))
+        yield from call_all(tuple(dict.fromkeys(hosts)), settings.cluster_port, own, settings.port)
 
 
 def _word(path: Path) -> str:

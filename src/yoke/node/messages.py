@@ -184,6 +184,21 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     single_s: float = 0.0
 
 
+class Probe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker: measure the link to that node; answered with `Probed`."""
+
+    id: NodeId
+
+
+class Probed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: what lies between it and a node; zeros if it could not be measured."""
+
+    id: NodeId
+    rtt_s: float = 0.0
+    send_bytes_per_s: float = 0.0
+    receive_bytes_per_s: float = 0.0
+
+
 class Leaving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From a member's node process: it would like to go."""
 
@@ -237,8 +252,8 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: ErrorNote
 
 
-ToWorker = Start | Members | Forget | Load | StandDown | Submit | CancelRequest | Ping | AskStatus | Release | Refused
-FromWorker = Ready | Progress | Prepared | Loaded | LoadFailed | Broken | Status | Accepted | Answer | Pong | Leaving | Failed
+ToWorker = Start | Members | Forget | Load | StandDown | Submit | CancelRequest | Ping | Probe | AskStatus | Release | Refused
+FromWorker = Ready | Progress | Prepared | Loaded | LoadFailed | Broken | Status | Accepted | Answer | Pong | Probed | Leaving | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: "msgspec.msgpack.Decoder[ToWorker]" = msgspec.msgpack.Decoder(ToWorker)

@@ -8,8 +8,10 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -142,20 +144,30 @@ def _reading_rate(descriptor: int, n_bytes: int) -> float:
     return done / (time.perf_counter() - started)
 
 
-class Others:
-    """Cores that other processes keep busy, counted from when this is made."""
+class Usage(NamedTuple):
+    """Processor seconds so far, of all processes and of this one, and the time of the monotonic clock."""
 
-    def __init__(self) -> None:
-        self._since = self._read()
+    all_s: float
+    own_s: float
+    at_s: float
+
+
+def usage() -> Usage:
+    """As the system counts it now."""
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    return Usage(sum(getattr(times, name, 0.0) for name in _BUSY), own.user + own.system, time.monotonic())
+
+
+class Others:
+    """Cores that other processes keep busy, counted from when this is made. ``read`` gives the counts."""
+
+    def __init__(self, read: Callable[[], Usage] = usage) -> None:
+        self._read, self._since = read, read()
 
     def cores(self) -> float:
         """Their mean number until now."""
-        (busy, own, now), (busy_then, own_then, then) = self._read(), self._since
-        return max(0.0, busy - busy_then - (own - own_then)) / max(1e-9, now - then)
-
-    def _read(self) -> tuple[float, float, float]:
-        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        return sum(getattr(times, name, 0.0) for name in _BUSY), own.user + own.system, time.monotonic()
+        now, then = self._read(), self._since
+        return max(0.0, now.all_s - then.all_s - (now.own_s - then.own_s)) / max(1e-9, now.at_s - then.at_s)
 
 
 def sentences(power: Battery | None, machine: str | None) -> tuple[str, ...]:

@@ -17,11 +17,12 @@ from typing import BinaryIO
 
 import yoke
 from yoke.core.clock import SystemClock
-from yoke.core.errors import BackendError, InvariantError, RemoteProtocolError, YokeError
+from yoke.core.errors import BackendError, InvariantError, NodeError, RemoteProtocolError, YokeError
 from yoke.core.node import Device, NodeId
-from yoke.net.channel import Channel
-from yoke.net.codec import Purpose
+from yoke.net.channel import Channel, send_message
+from yoke.net.codec import Hello, Purpose
 from yoke.net.identity import Identity
+from yoke.net.measuring import answer, measure
 from yoke.net.tcp import Listener, connect
 from yoke.node import messages as say
 from yoke.node.devices import choose_device, offered, open_backend
@@ -76,7 +77,7 @@ class Worker:
         self._identity = Identity.load_or_create(Path(start.state_dir))
         self._listener = Listener(start.host, 0, self._identity, [], spin_s=start.spin_s)
         self._supplies = Supplies(Path(start.state_dir), start.store_bytes)
-        porter = Porter(self._listener, {Purpose.WEIGHTS: self._supplies.serve})
+        porter = Porter(self._listener, {Purpose.WEIGHTS: self._supplies.serve, Purpose.PROBE: answer})
         self._post = Post(
             identity=self._identity, backend=self._backend, porter=porter, spin_s=start.spin_s, send=control.send, clock=SystemClock(), tokenizers={}
         )
@@ -168,6 +169,16 @@ class Worker:
     def _opener(self, peer: say.Peer) -> Callable[[], Channel]:
         return lambda: connect((peer.host, peer.port), peer.id, self._identity, [peer.certificate], deadline_s=CONNECT_S)
 
+    def _probe(self, node: NodeId) -> None:
+        """Measure the link to another node. In a thread of its own."""
+        found = say.Probed(id=node)
+        if (peer := self._peers.get(node)) is not None:
+            with contextlib.suppress(NodeError), contextlib.closing(self._opener(peer)()) as channel:
+                send_message(channel, Hello(plan_version=0, purpose=Purpose.PROBE, stage=0, rank=0))
+                link = measure(channel)
+                found = say.Probed(id=node, rtt_s=link.rtt_s, send_bytes_per_s=link.send_bytes_per_s, receive_bytes_per_s=link.receive_bytes_per_s)
+        self._control.send(found)
+
     def _progress(self, load: say.Load) -> Callable[[int], None]:
         total = load.plan.shard_bytes(load.stage, load.rank)
         return lambda done: self._control.send(say.Progress(done_bytes=done, total_bytes=total))
@@ -205,6 +216,8 @@ class Worker:
                     duty.engine.post(Cancel(request_id))
             case say.AskStatus():
                 self._control.send(_status(duty, self._start.name))
+            case say.Probe(id=node):
+                threading.Thread(target=self._probe, args=(node,), name="yoke-probe", daemon=True).start()
             case say.Release():
                 os._exit(0)
             case say.Start() | say.Refused():
