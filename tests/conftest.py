@@ -152,6 +152,7 @@ class Yoke:
             "HOME": str(home),
             "XDG_DATA_HOME": str(home / "data"),
             "TMPDIR": str(self.temporary),
+            "YOKE_PROFILE": "quick",  # measuring takes seconds, and each home is a machine that nobody has measured
             "YOKE_THREADS": "1",  # the machine's few cores are shared by the nodes of a test
             "PYTHONWARNINGS": "error,default::ResourceWarning",
             "NO_COLOR": "1",

@@ -21,6 +21,7 @@ from yoke.core.node import Device
 from yoke.net.identity import Identity
 from yoke.net.invite import Invite
 from yoke.node import messages as say
+from yoke.node.notes import ErrorNote
 from yoke.node.admission import knock
 
 pytestmark = pytest.mark.processes
@@ -387,7 +388,7 @@ def ready(identity, name="liar"):
 LIES = {
     "a size that it does not have": struct.pack("<I", 0xFFFFFFFF),
     "no message": struct.pack("<I", 5) + b"\xc1\xc1\xc1\xc1\xc1",
-    "an answer in the engine's name": say.encode(say.Answer(id="r", error=say.ErrorNote(kind="NodeError", message="no"))),
+    "an answer in the engine's name": say.encode(say.Answer(id="r", error=ErrorNote(kind="NodeError", message="no"))),
     "tokens in the engine's name": say.encode(say.Accepted(id="r", prompt=(1,))),
     "half a message": struct.pack("<I", 4_000_000) + b"x",
     "an answer nobody asked for": say.encode(say.Status()) + say.encode(say.Loaded(version=7)),

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from yoke.cli import options
 from yoke.cli.opening import run_until_signal
-from yoke.cli.render import errors, waiting
+from yoke.cli.render import errors, measured, waiting
 from yoke.core.errors import SettingError
 from yoke.core.node import NodeId
 from yoke.net.discovery import FIND_S, Found, find
@@ -18,7 +18,7 @@ from yoke.net.identity import Identity
 from yoke.net.invite import Invite
 from yoke.node.config import state_directory
 from yoke.node.joining import First, Place, Way, by_code, by_invite
-from yoke.node.local import start_message
+from yoke.node.local import Layout, start_message
 from yoke.node.member import Listeners, serve_member
 from yoke.node.membership import remembered
 from yoke.node.messages import Ready, Start
@@ -42,17 +42,26 @@ def join(
     library: Annotated[str | None, typer.Option(help="Where ggml's shared libraries lie.", show_default=False)] = None,
     spin_us: Annotated[int | None, typer.Option(help="How long a receive asks again before it sleeps.", show_default=False)] = None,
     memory_share: Annotated[float | None, typer.Option(help="Share of the free memory that Yoke may take.", show_default=False)] = None,
+    profile: Annotated[str | None, typer.Option(help="What is measured first: thorough or quick.", show_default=False)] = None,
     rejoin_s: Annotated[float | None, typer.Option(help="Seconds to look for a cluster that was lost.", show_default=False)] = None,
     state_dir: options.StateDir = None,
 ) -> None:
     """Join a cluster."""
     settings = options.settings(
-        threads=threads, device=device, backend=backend, library=library, spin_us=spin_us, memory_share=memory_share, rejoin_s=rejoin_s, state_dir=state_dir
+        threads=threads,
+        device=device,
+        backend=backend,
+        library=library,
+        spin_us=spin_us,
+        memory_share=memory_share,
+        profile=profile,
+        rejoin_s=rejoin_s,
+        state_dir=state_dir,
     )
     directory = state_directory(settings, os.environ)
     decoded = Invite.decode(invite) if invite is not None else None
     identity = Identity.load_or_create(directory)
-    start = start_message(settings)
+    start = start_message(settings, Layout(is_open=True))
     if name is not None:
         start = replace(start, name=name)
     run_until_signal(_join(_Wanted(decoded, code, directory), identity, start, settings.rejoin_s, is_shown=not quiet))
@@ -100,7 +109,7 @@ async def _look(node: NodeId) -> Place | None:
 async def _join(wanted: _Wanted, identity: Identity, start: Start, rejoin_s: float, *, is_shown: bool) -> None:
     way = Way(identity, wanted.directory, await wanted.first(identity), look=_look)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(waiting("joining and measuring this machine", is_shown and errors.is_terminal))
+        measuring = stack.enter_context(measured(is_shown and errors.is_terminal))
 
         def joined(ready: Ready) -> None:
             stack.close()
@@ -111,6 +120,6 @@ async def _join(wanted: _Wanted, identity: Identity, start: Start, rejoin_s: flo
             if is_shown:
                 errors.print(f"{why}; trying to come back", highlight=False)
 
-        await serve_member(way, start, Listeners(joined=joined, lost=lost), patience_s=rejoin_s)
+        await serve_member(way, start, Listeners(measuring=measuring, joined=joined, lost=lost), patience_s=rejoin_s)
     if is_shown:
         errors.print("the cluster has let this machine go", highlight=False)

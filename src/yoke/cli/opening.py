@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 
-from yoke.cli.render import errors, loading, plan_table, waiting
+from yoke.cli.render import errors, loading, measured, plan_table
 from yoke.core.settings import Settings
 from yoke.node.coordinator import Coordinator
 from yoke.node.local import Layout, load_settings, open_coordinator, sizes, wish_of
@@ -48,8 +49,9 @@ async def loaded_cluster(
         is_terminal = is_shown and errors.is_terminal
         async with contextlib.AsyncExitStack() as stack:
             spinner = stack.enter_context(contextlib.ExitStack())
-            spinner.enter_context(waiting("starting nodes and measuring them", is_terminal))
-            coordinator = await stack.enter_async_context(open_coordinator(settings, layout, on_ready))
+            bar = spinner.enter_context(measured(is_terminal))
+            layout = replace(layout, weight_type=model.spec.weight_type)
+            coordinator = await stack.enter_async_context(open_coordinator(settings, layout, on_ready, bar))
             spinner.close()
             with loading(is_terminal) as report:
                 coordinator.tell.progress = report

@@ -88,6 +88,15 @@ def loading(is_shown: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
+def measured(is_shown: bool) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar for measuring this machine, gone when done. Yields what to call with (what, share of all that is done)."""
+    columns = (TextColumn("measuring this machine"), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=errors, transient=True, disable=not is_shown) as progress:
+        task = progress.add_task("starting", total=1.0)
+        yield lambda what, share: progress.update(task, description=what, completed=share)
+
+
+@contextmanager
 def waiting(text: str, is_shown: bool) -> Iterator[None]:
     """A spinner with words while something that may take over a second happens."""
     if not is_shown:

@@ -64,6 +64,7 @@ class Settings:
     patience_s: float
     replicas: int
     store_gb: float
+    profile: str
     chat_template: str
     state_dir: str
 
@@ -113,6 +114,13 @@ SETTINGS: tuple[Setting, ...] = (
         help="room on disk for weights that came from other machines; 0 is half of what is free, at most 200",
         least=0.0,
         most=1e6,
+    ),
+    Setting(
+        name="profile",
+        default="thorough",
+        unit="",
+        help="how much a machine measures of itself when it first gives its hardware to a cluster",
+        choices=("thorough", "quick"),
     ),
     Setting(name="chat_template", default="", unit="file", help="a Jinja chat template to use instead of the model's own"),
     Setting(name="state_dir", default="", unit="directory", help="where this node keeps its key; empty is the system's place for such files"),

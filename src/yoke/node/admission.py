@@ -284,8 +284,8 @@ async def _knock(hosts: tuple[str, ...], port: int, expected: NodeId | None, sai
             writer.close()
         if not isinstance(error, _UNANSWERED):
             raise
-        where = f"{' or '.join(hosts)} port {port}"
-        raise NodeGone(f"no answer from the coordinator at {where}: {error or 'timed out'}; is it running, and reachable?") from error
+        where, why = f"{' or '.join(hosts)} port {port}", str(error) or ("timed out" if isinstance(error, TimeoutError) else "it hung up")
+        raise NodeGone(f"no answer from the coordinator at {where}: {why}; is it running, and reachable?") from error
     return host.id, (reader, writer)
 
 

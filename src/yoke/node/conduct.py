@@ -18,6 +18,7 @@ from yoke.node import messages as say
 from yoke.node.desk import Desk, Ticket
 from yoke.node.links import WorkerLink
 from yoke.node.model import Model
+from yoke.node.notes import noted_error
 from yoke.node.supplies import manifests
 from yoke.planner import Outlook, Wish, make_plan
 from yoke.weights.manifest import Manifest, manifest_of
@@ -117,9 +118,9 @@ class Conduct:
                 self.has_template = message.has_chat_template or self.has_template
                 self.handle(to_do.Loaded(version=version, id=link.id))
             case say.LoadFailed(version=version, error=note):
-                self.handle(to_do.LoadFailed(version=version, id=link.id, error=self._named(link, say.noted_error(note))))
+                self.handle(to_do.LoadFailed(version=version, id=link.id, error=self._named(link, noted_error(note))))
             case say.Broken(version=version, error=note):
-                self.handle(to_do.Broken(version=version, id=link.id, why=str(self._named(link, say.noted_error(note)))))
+                self.handle(to_do.Broken(version=version, id=link.id, why=str(self._named(link, noted_error(note)))))
             case say.Leaving():
                 self.handle(to_do.Leaving(id=link.id))
             case say.Pong():

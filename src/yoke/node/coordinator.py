@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from yoke.cluster import messages as to_do
 from yoke.cluster.state import Policy, State
 from yoke.core.clock import Clock, SystemClock
@@ -23,6 +25,8 @@ from yoke.node.door import Door, Guest
 from yoke.node.links import WorkerLink, WorkerProcess, introduce
 from yoke.node.membership import Membership
 from yoke.node.model import Model
+from yoke.node.notes import noted_error
+from yoke.node.profile import Tell, silent
 from yoke.node.surveyor import Surveyor
 from yoke.node.tasks import Tasks
 from yoke.planner import Outlook, Wish
@@ -50,9 +54,10 @@ class _Member:
 
 @dataclass(slots=True)
 class Listeners:
-    """Who is told what happens: loading's progress (name, bytes done, bytes in all), a newcomer, and a sentence for log and terminal."""
+    """Who is told what happens: measuring (what, share done), loading's progress (name, bytes done, bytes in all), a newcomer, a sentence for log and terminal."""
 
     progress: Callable[[str, int, int], None] = field(default=lambda _name, _done, _total: None)
+    measuring: Tell = silent
     joined: Callable[[Node], None] = field(default=lambda _node: None)
     note: Note = field(default=lambda _text: None)
 
@@ -273,7 +278,8 @@ class Coordinator:
         process = await WorkerProcess.spawn()
         self._stack.push_async_callback(process.end)
         async with asyncio.timeout(INTRODUCTION_S):
-            ready = await introduce(process.bodies, process.writer, self._start)
+            ready = await introduce(process.bodies, process.writer, self._start, self._measuring)
+        self._start = msgspec.structs.replace(self._start, known=ready.devices, notes=ready.notes)
         await self._add(WorkerLink(ready.id, ready.name, self._start.host, process.bodies, process.writer, ready, process.kill))
 
     async def _reemploy(self, died_after_s: float) -> None:
@@ -305,6 +311,10 @@ class Coordinator:
         bodies = say.Bodies(reader)
         async with asyncio.timeout(INTRODUCTION_S):
             ready = await introduce(bodies, writer, None)
+            wanted = self._start.weight_type
+            if wanted and all(rate.weight_type != wanted for rate in ready.device.rates):
+                writer.write(say.encode(say.Measure(weight_type=wanted)))
+                ready = await introduce(bodies, writer, None)
         if ready.id != guest.id or ready.certificate != guest.certificate or self._membership is None:
             raise AdmissionError("the newcomer's worker has another key than it was let in with")
         name = self._membership.introduce(guest.id, ready.name)
@@ -347,9 +357,9 @@ class Coordinator:
             case say.Progress(done_bytes=done, total_bytes=total):
                 self.tell.progress(link.name, done, total)
             case say.Failed(error=note):
-                failure: YokeError = say.noted_error(note)
+                failure: YokeError = noted_error(note)
                 raise failure
-            case say.Ready():
+            case say.Ready() | say.Measuring():
                 raise RemoteProtocolError(f"{link.name} introduced itself twice")
             case _ if self._conduct is not None and not self._is_ending:
                 self._conduct.hear(link, message)
@@ -360,6 +370,9 @@ class Coordinator:
             member.why_gone = why
             member.link.cut()
 
+    def _measuring(self, what: str, share: float) -> None:
+        self.tell.measuring(what, share)
+
     def _note(self, text: str) -> None:
         self._news.append(text)
         self.tell.note(text)
@@ -368,11 +381,11 @@ class Coordinator:
         return to_do.Joined(node=self._node(member), is_coordinator=member.link.id == self._identity.id)
 
     def _node(self, member: _Member) -> Node:
-        return Node(id=member.link.id, name=member.link.name, device=member.link.ready.device, measured_at=self._clock.epoch())
+        return Node(id=member.link.id, name=member.link.name, device=member.link.ready.device, measured_at=self._clock.epoch(), notes=member.link.ready.notes)
 
 
 def _event(message: say.Answer) -> Event | YokeError:
     event = message.started or message.piece or message.finished
     if event is not None:
         return event
-    return say.noted_error(message.error) if message.error is not None else RemoteProtocolError("an answer without an event")
+    return noted_error(message.error) if message.error is not None else RemoteProtocolError("an answer without an event")

@@ -1,12 +1,15 @@
 """The chips of this machine: which library drives them, which is used, and what of it is offered to the cluster."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from yoke.backends.ggml.backend import GgmlBackend
 from yoke.backends.ops import Backend
 from yoke.backends.reference import ReferenceBackend
 from yoke.core.errors import SettingError
 from yoke.core.node import Device
+from yoke.node.messages import Start
+from yoke.node.profile import Ask, Tell, introduction, take_profile
 
 
 def open_backend(name: str, library: str, threads: int) -> Backend:
@@ -41,6 +44,24 @@ def choose_device(devices: tuple[Device, ...], wanted: str) -> Device:
         if device.name == wanted:
             return device
     raise SettingError(f"device {wanted!r} is not there; this build offers {', '.join(device.name for device in devices)}")
+
+
+def look_at_devices(backend: Backend, start: Start, tell: Tell) -> tuple[tuple[Device, ...], tuple[str, ...]]:
+    """The chips with their speeds, and what people should know of this machine.
+
+    Raises
+    ------
+    BackendError
+        if no chip can compute with the type of weights that is asked for.
+    SettingError
+        if what was measured cannot be kept.
+    """
+    if start.known:
+        free_bytes = {chip.name: chip.free_bytes for chip in backend.chips()}
+        return tuple(replace(device, free_bytes=free_bytes.get(device.name, 0)) for device in start.known), start.notes
+    ask = Ask() if start.is_thorough else introduction(start.weight_type) if start.weight_type else introduction()
+    profile = take_profile(backend, Path(start.state_dir), ask, tell=tell)
+    return profile.devices, profile.notes
 
 
 def offered(device: Device, share: float) -> Device:

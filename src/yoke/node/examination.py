@@ -6,6 +6,7 @@ another processor ends the process that loads it.
 
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -28,7 +30,7 @@ from yoke.net.identity import Identity
 from yoke.net.invite import MAX_HOSTS, Invite
 from yoke.node.health import Facts, Ggml, Network, Package, Processor, Room, Software
 from yoke.node.profile import FILE_NAME, read_book
-from yoke.node.reach import Call, PortUse, addresses_of, call_all, clock_skew, interface_towards, port_use
+from yoke.node.reach import NAME_S, Call, PortUse, addresses_of, call_all, clock_skew, interface_towards, port_use, within
 from yoke.node.surroundings import Others, available_bytes, battery, cpu_flags, virtual_machine
 
 DISTRIBUTION = "yoke-llm"
@@ -136,7 +138,7 @@ def _processor() -> Processor:
     hottest_c, hot_c = _heat()
     highest, allowed = (_number(_CPUFREQ / name) for name in ("cpuinfo_max_freq", "scaling_max_freq"))
     return Processor(
-        machine=os.uname().machine if hasattr(os, "uname") else os.environ.get("PROCESSOR_ARCHITECTURE", ""),
+        machine=platform.machine(),
         flags=cpu_flags(),
         n_cores=psutil.cpu_count(logical=False) or 1,
         n_allowed=physical_cores(),
@@ -172,8 +174,8 @@ def _heat() -> tuple[float | None, float | None]:
 
 
 def _room(state_dir: Path) -> Room:
-    exists = state_dir.is_dir()
-    nearest = next((path for path in (state_dir, *state_dir.absolute().parents) if path.exists()), Path.cwd())
+    exists = os.path.isdir(state_dir)  # unlike Path's methods, says no where it may not look
+    nearest = next((path for path in (state_dir, *state_dir.absolute().parents) if os.path.exists(path)), Path.cwd())
     key = state_dir / KEY_NAME
     has_modes = os.name == "posix"
     error, disk = "", None
@@ -188,7 +190,7 @@ def _room(state_dir: Path) -> Room:
         state_dir_exists=exists,
         is_writable=nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
         state_dir_mode=state_dir.stat().st_mode & 0o777 if exists and has_modes else None,
-        key_mode=key.stat().st_mode & 0o777 if has_modes and key.is_file() else None,
+        key_mode=key.stat().st_mode & 0o777 if has_modes and os.path.isfile(key) else None,
         free_disk_bytes=shutil.disk_usage(nearest).free,
         disk_read_bytes_per_s=disk,
         profile_error=error,
@@ -199,10 +201,11 @@ def _network(settings: Settings, state_dir: Path, invite: Invite | None) -> Netw
     use = port_use(settings.host, settings.port)
     calls = tuple(_calls(settings, state_dir, invite, use))
     hostname = socket.gethostname()
+    (interface,) = within([partial(interface_towards, invite.hosts[0]) if invite is not None else interface_towards], NAME_S)
     return Network(
         hostname=hostname,
         addresses=addresses_of(hostname),
-        interface=interface_towards(invite.hosts[0]) if invite is not None else interface_towards(),
+        interface=interface,
         host=settings.host,
         port=settings.port,
         port_use=use,
@@ -214,8 +217,11 @@ def _network(settings: Settings, state_dir: Path, invite: Invite | None) -> Netw
 def _calls(settings: Settings, state_dir: Path, invite: Invite | None, use: PortUse) -> Iterator[Call]:
     if invite is not None:
         yield from call_all(invite.hosts, invite.port, invite.node_id, settings.port)
-    elif use is PortUse.YOKE and settings.cluster_port and (state_dir / KEY_NAME).is_file():
-        own = Identity.load_or_create(state_dir).id
+    elif use is PortUse.YOKE and settings.cluster_port and os.path.isfile(state_dir / KEY_NAME):
+        try:
+            own = Identity.load_or_create(state_dir).id
+        except SettingError:  # the key is found to be wrong where it lies: see `_room`
+            return
         hosts = (settings.cluster_host,) if settings.cluster_host else ("127.0.0.1", *local_addresses(MAX_HOSTS))
         yield from call_all(tuple(dict.fromkeys(hosts)), settings.cluster_port, own, settings.port)
 

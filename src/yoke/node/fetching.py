@@ -23,7 +23,7 @@ from yoke.net.pieces import ask_have, ask_manifest, ask_tiles, receive_tile
 from yoke.node.allotment import Allotment, Pace
 from yoke.weights.manifest import MAX_MANIFEST_BYTES, Manifest
 from yoke.weights.pack import Pack
-from yoke.weights.tiles import MOST_TILE_BYTES
+from yoke.weights.tiles import MOST_TILE_BYTES, Grid, Range
 
 ANSWER_S = 30.0
 """How long a source may take for one tile, or for the manifest's next part; then it counts as gone."""
@@ -37,8 +37,9 @@ FRUITLESS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Supplier:
-    """Somebody who may have tiles. ``name`` is for people; ``open`` makes a new connection whenever it is called, without a hello, within a deadline of its own.
+    """Somebody who may have tiles.
 
+    ``name`` is for people, and another for each. ``open`` makes a new connection whenever it is called, without a hello, within a deadline of its own.
     ``is_last_resort`` is for the coordinator: it is asked for what nobody else has, or when the others are too slow.
     """
 
@@ -280,7 +281,7 @@ class StoreSource:
         self._pack = pack
 
     def read(self, cut: Cut) -> StoredTensor:
-        """The slice: put together from its tiles, or a view of the store where it is one of them.
+        """The slice: a view of the store where its tiles lie there in order, else put together from them.
 
         Raises
         ------
@@ -292,22 +293,30 @@ class StoreSource:
         grid = self._pack.manifest.layout.grid(cut.name)
         kind, shape = grid.info.type, grid.info.shape
         (start, stop), (left, right) = grid.area(cut.rows, cut.columns)
-        depth = grid.n_rows // shape[0] if len(shape) > 1 else 1
-        first = ((stop - start) // depth, *shape[1:-1]) if len(shape) > 1 else ()
-        part = TensorInfo(name=cut.name, type=kind, shape=(*first, right - left))
-        whole = np.empty((stop - start, kind.row_bytes(right - left)), dtype=np.uint8)
-        for tile_id in grid.cover(cut.rows, cut.columns):
-            data, tile = self._pack.read(tile_id), grid.tile(tile_id)
+        ids = grid.cover(cut.rows, cut.columns)
+        if missing := [tile_id for tile_id in ids if not self._pack.holds(tile_id)]:
+            raise NodeError(f"{len(missing)} tiles of {cut.name!r} are not in this node's store; expected the whole slice: fetch it first")
+        n_first = (stop - start) * shape[0] // grid.n_rows
+        part = TensorInfo(name=cut.name, type=kind, shape=(n_first, *shape[1:-1], right - left) if len(shape) > 1 else (right - left,))
+        if (left, right) == (0, shape[-1]) and grid.n_stripes == 1 and (run := self._pack.read_run(ids)) is not None:
+            row_bytes, first = kind.row_bytes(right), grid.tile(ids[0]).rows[0]
+            return StoredTensor(info=part, data=run[(start - first) * row_bytes : (stop - first) * row_bytes])
+        return StoredTensor(info=part, data=self._gathered(grid, ids, (start, stop), (left, right)))
+
+    def _gathered(self, grid: Grid, ids: Sequence[int], rows: Range, columns: Range) -> memoryview:
+        """The part of an area that each tile has, put where it belongs."""
+        row_bytes = grid.info.type.row_bytes
+        whole = np.empty((rows[1] - rows[0], row_bytes(columns[1] - columns[0])), dtype=np.uint8)
+        for tile_id in ids:
+            tile, data = grid.tile(tile_id), self._pack.read(tile_id)
             if data is None:
-                raise NodeError(f"tile {tile_id} of {cut.name!r} is not in this node's store; expected all of the slice: fetch it first")
-            if (tile.rows, tile.columns) == ((start, stop), (left, right)):
-                return StoredTensor(info=part, data=data)
-            low, high = max(start, tile.rows[0]), min(stop, tile.rows[1])
-            near, far = max(left, tile.columns[0]), min(right, tile.columns[1])
-            rows = np.frombuffer(data, dtype=np.uint8).reshape(tile.rows[1] - tile.rows[0], -1)[low - tile.rows[0] : high - tile.rows[0]]
-            piece = rows[:, kind.row_bytes(near - tile.columns[0]) : kind.row_bytes(far - tile.columns[0])]
-            whole[low - start : high - start, kind.row_bytes(near - left) : kind.row_bytes(far - left)] = piece
-        return StoredTensor(info=part, data=whole.reshape(-1).data)
+                raise NodeError(f"tile {tile_id} of {tile.name!r} has gone from this node's store; fetch it again")
+            low, high = max(rows[0], tile.rows[0]), min(rows[1], tile.rows[1])
+            near, far = max(columns[0], tile.columns[0]), min(columns[1], tile.columns[1])
+            held = np.frombuffer(data, dtype=np.uint8).reshape(tile.rows[1] - tile.rows[0], -1)[low - tile.rows[0] : high - tile.rows[0]]
+            target = whole[low - rows[0] : high - rows[0], row_bytes(near - columns[0]) : row_bytes(far - columns[0])]
+            target[:] = held[:, row_bytes(near - tile.columns[0]) : row_bytes(far - tile.columns[0])]
+        return whole.reshape(-1).data
 
     def release(self, cut: Cut) -> None:
         """Give the pages of its tiles back."""

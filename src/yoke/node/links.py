@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from yoke.core.errors import NodeGone, YokeError
 from yoke.core.node import NodeId
 from yoke.node import messages as say
+from yoke.node.notes import noted_error
+from yoke.node.profile import Tell, silent
 
 PIPE_BYTES = 1 << 20
 END_S = 2.0
@@ -91,7 +93,7 @@ class WorkerLink:
         return say.decode_from_worker(await self.bodies.next())
 
 
-async def introduce(bodies: say.Bodies, writer: asyncio.StreamWriter, start: say.Start | None) -> say.Ready:
+async def introduce(bodies: say.Bodies, writer: asyncio.StreamWriter, start: say.Start | None, tell: Tell = silent) -> say.Ready:
     """Start a worker's conversation: send ``start``, unless its own node process has done so, and wait for its introduction.
 
     Raises
@@ -104,11 +106,14 @@ async def introduce(bodies: say.Bodies, writer: asyncio.StreamWriter, start: say
     if start is not None:
         writer.write(say.encode(start))
         await writer.drain()
-    match say.decode_from_worker(await bodies.next()):
-        case say.Ready() as ready:
-            return ready
-        case say.Failed(error=note):
-            failure: YokeError = say.noted_error(note)
-            raise failure
-        case other:
-            raise NodeGone(f"a worker's first word was {type(other).__name__}; expected Ready")
+    while True:
+        match say.decode_from_worker(await bodies.next()):
+            case say.Measuring(what=what, share=share):
+                tell(what, share)
+            case say.Ready() as ready:
+                return ready
+            case say.Failed(error=note):
+                failure: YokeError = noted_error(note)
+                raise failure
+            case other:
+                raise NodeGone(f"a worker's first word was {type(other).__name__}; expected Ready")

@@ -25,6 +25,7 @@ from yoke.node.conduct import LoadSettings
 from yoke.node.config import machine_name, state_directory
 from yoke.node.coordinator import Coordinator
 from yoke.node.model import Model
+from yoke.node.profile import Tell, silent
 from yoke.planner import Wish
 
 JOIN_S = 60.0
@@ -36,18 +37,24 @@ MAX_STORE_BYTES = 200 * 10**9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How many nodes to start here and to wait for, and what the plan shall look like. ``is_open`` lets other machines join."""
+    """How many nodes to start here and to wait for, and what the plan shall look like.
+
+    ``is_open`` lets other machines join; ``weight_type`` is what speeds are measured with, empty the commonest.
+    """
 
     local_nodes: int = 1
     nodes: int = 1
     is_open: bool = False
+    weight_type: str = ""
     stages: int | None = None
     ranks: int | None = None
     shares: tuple[float, ...] | None = None
 
 
 @contextlib.asynccontextmanager
-async def open_coordinator(settings: Settings, layout: Layout, on_ready: Callable[[Coordinator], None] = lambda _: None) -> AsyncIterator[Coordinator]:
+async def open_coordinator(
+    settings: Settings, layout: Layout, on_ready: Callable[[Coordinator], None] = lambda _: None, measuring: Tell = silent
+) -> AsyncIterator[Coordinator]:
     """A coordinator with all its nodes there; ``on_ready`` is called as soon as others may join.
 
     Raises
@@ -58,28 +65,33 @@ async def open_coordinator(settings: Settings, layout: Layout, on_ready: Callabl
     identity = Identity.load_or_create(state_directory(settings, os.environ))
     port = settings.cluster_port if layout.is_open or layout.local_nodes > 1 else None
     policy = Policy(patience_s=settings.patience_s, replicas=settings.replicas)
-    async with Coordinator(identity, start_message(settings, layout.local_nodes, is_open=layout.is_open), port=port, policy=policy) as coordinator:
+    coordinator = Coordinator(identity, start_message(settings, layout), port=port, policy=policy)
+    coordinator.tell.measuring = measuring
+    async with coordinator:
         on_ready(coordinator)
-        async with _local_nodes(coordinator, settings, layout.local_nodes):
+        async with _local_nodes(coordinator, settings, layout):
             await coordinator.wait_for(max(layout.nodes, layout.local_nodes))
             yield coordinator
 
 
-def start_message(settings: Settings, n_local_nodes: int = 1, *, is_open: bool = False) -> say.Start:
-    """What a worker of this machine is told first; nodes that share a machine share its cores and memory. Only one that ``is_open`` is reached from outside."""
+def start_message(settings: Settings, layout: Layout) -> say.Start:
+    """What a worker of this machine is told first; nodes that share a machine share its cores and memory. Others reach it only if the cluster is open."""
+    n_local_nodes = layout.local_nodes
     directory = state_directory(settings, os.environ)
     threads = settings.threads or max(1, physical_cores() // n_local_nodes)
     has_own_cores = threads * n_local_nodes <= physical_cores()  # asking again and again takes time from whoever needs the same core
     return say.Start(
         state_dir=str(directory),
         name=machine_name(),
-        host=settings.cluster_host or (local_addresses(1)[0] if is_open else "127.0.0.1"),
+        host=settings.cluster_host or (local_addresses(1)[0] if layout.is_open else "127.0.0.1"),
         backend=settings.backend,
         library=settings.library,
         device=settings.device,
         threads=threads,
         spin_s=settings.spin_us / 1e6 if has_own_cores else 0.0,
         memory_share=settings.memory_share / n_local_nodes,
+        weight_type=layout.weight_type,
+        is_thorough=settings.profile == "thorough" and n_local_nodes == 1 and layout.is_open,
         store_bytes=int(settings.store_gb * 1e9) or _spare_disk(directory),
     )
 
@@ -146,12 +158,13 @@ def load_settings(settings: Settings, context: int, cells: int) -> LoadSettings:
 
 
 @contextlib.asynccontextmanager
-async def _local_nodes(coordinator: Coordinator, settings: Settings, n_nodes: int) -> AsyncIterator[None]:
+async def _local_nodes(coordinator: Coordinator, settings: Settings, layout: Layout) -> AsyncIterator[None]:
     """The other node processes of this machine, joined; they end with the block."""
+    n_nodes = layout.local_nodes
     if n_nodes == 1:
         yield
         return
-    start = start_message(settings, n_nodes)
+    start = start_message(settings, layout)
     flags = [
         "--threads",
         str(start.threads),
@@ -163,6 +176,8 @@ async def _local_nodes(coordinator: Coordinator, settings: Settings, n_nodes: in
         str(round(start.spin_s * 1e6)),
         "--rejoin-s",
         "0",
+        "--profile",
+        "quick",
     ]
     flags += ["--library", settings.library] if settings.library else []
     with tempfile.TemporaryDirectory(prefix="yoke-nodes-") as directory:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from yoke.core.errors import NodeGone, RemoteProtocolError
 from yoke.node import messages as say
 from yoke.node.links import WorkerProcess, introduce
+from yoke.node.profile import Tell, silent
 
 LEAVE_S = 15.0
 """How long a machine that wants to go waits for the cluster to manage without it."""
@@ -32,8 +33,9 @@ class Ending(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listeners:
-    """Who is told that this machine has joined, and that it lost the cluster and tries to find it again."""
+    """Who is told what is being measured, that this machine has joined, and that it lost the cluster and tries to find it again."""
 
+    measuring: Tell = silent
     joined: Callable[[say.Ready], None] = lambda _ready: None
     lost: Callable[[str], None] = lambda _why: None
 
@@ -53,7 +55,8 @@ async def serve_member(knock: Knock, start: say.Start, tell: Listeners, *, patie
     """
     stream = await knock()
     while True:
-        ending, why = await _serve_once(stream, start, tell)
+        ending, why, ready = await _serve_once(stream, start, tell)
+        start = replace(start, known=ready.devices, notes=ready.notes)
         if ending is Ending.RELEASED:
             return
         tell.lost(why)
@@ -73,17 +76,17 @@ async def _knock_again(knock: Knock, patience_s: float) -> Stream:
         pause_s = min(LAST_RETRY_S, 2 * pause_s)
 
 
-async def _serve_once(stream: Stream, start: say.Start, tell: Listeners) -> tuple[Ending, str]:
+async def _serve_once(stream: Stream, start: say.Start, tell: Listeners) -> tuple[Ending, str, say.Ready]:
     """One connection's life, with a worker of its own."""
     reader, writer = stream
     try:
         process = await WorkerProcess.spawn()
         try:
             host = str(writer.get_extra_info("sockname")[0])
-            ready = await introduce(process.bodies, process.writer, replace(start, host=host))
+            ready = await introduce(process.bodies, process.writer, replace(start, host=host), tell.measuring)
             writer.write(say.encode(ready))
             tell.joined(ready)
-            return await _stay(reader, writer, process)
+            return *await _stay(reader, writer, process), ready
         finally:
             await process.end()
     finally:

@@ -12,12 +12,12 @@ from typing import BinaryIO, TypeVar
 import msgspec
 
 from yoke.backends.ops import CacheType
-from yoke.core import errors
-from yoke.core.errors import InvariantError, NodeGone, PlacementError, RemoteProtocolError, RequestError, YokeError
+from yoke.core.errors import InvariantError, NodeGone, RemoteProtocolError, YokeError
 from yoke.core.node import Device, NodeId
 from yoke.core.plan import Plan
 from yoke.core.request import Event, Finished, Piece, Request, StageTimes, Started
 from yoke.net.group import WireType
+from yoke.node.notes import ErrorNote, error_note
 from yoke.run.intake import Resume
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -29,7 +29,11 @@ _LENGTH = struct.Struct("<I")
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To a worker, first: who it is and what it may use. ``threads`` 0 means all cores, ``device`` empty the fastest, ``store_bytes`` what its store may take."""
+    """To a worker, first: who it is and what it may use.
+
+    ``threads`` 0 means all cores, ``device`` empty the fastest, ``store_bytes`` is what its store may take. Speeds are measured for ``weight_type``, or if
+    ``is_thorough`` for many types, unless an earlier worker of this node has found ``known`` and ``notes``.
+    """
 
     state_dir: str
     name: str
@@ -41,10 +45,27 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     spin_s: float = 0.0
     memory_share: float = 0.8
     store_bytes: int = 0
+    weight_type: str = ""
+    is_thorough: bool = False
+    known: tuple[Device, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Measure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a worker that has nothing to do yet: find out how fast it is with weights of this type, and introduce yourself again."""
+
+    weight_type: str
+
+
+class Measuring(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker, before it is ready: what it measures, and the share of all that is done."""
+
+    what: str
+    share: float
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """From a worker: its key, where its data plane listens, and what its machine offers. ``device`` is the one that it will use."""
+    """From a worker: its key, where its data plane listens, and what its machine offers. ``device`` is the one that it will use, ``notes`` what to know of it."""
 
     id: NodeId
     name: str
@@ -54,6 +75,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     devices: tuple[Device, ...]
     backend_version: str
     yoke_version: str
+    notes: tuple[str, ...] = ()
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,14 +164,14 @@ class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From a worker: it could not load its shard, or reach its neighbours."""
 
     version: int
-    error: "ErrorNote"
+    error: ErrorNote
 
 
 class Broken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From a worker that served: a neighbour is gone, or its device failed. It has stood down and waits for orders."""
 
     version: int
-    error: "ErrorNote"
+    error: ErrorNote
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -220,16 +242,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     free_cells: int = 0
 
 
-class ErrorNote(msgspec.Struct, frozen=True, kw_only=True):
-    """An error on its way to whom it concerns: the class's name and its parts."""
-
-    kind: str
-    message: str
-    field: str | None = None
-    status: int = 400
-    missing_bytes: int = 0
-
-
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """From the engine's worker: one event of an answer; exactly one of the four is there."""
 
@@ -252,8 +264,8 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: ErrorNote
 
 
-ToWorker = Start | Members | Forget | Load | StandDown | Submit | CancelRequest | Ping | Probe | AskStatus | Release | Refused
-FromWorker = Ready | Progress | Prepared | Loaded | LoadFailed | Broken | Status | Accepted | Answer | Pong | Probed | Leaving | Failed
+ToWorker = Start | Measure | Members | Forget | Load | StandDown | Submit | CancelRequest | Ping | Probe | AskStatus | Release | Refused
+FromWorker = Measuring | Ready | Progress | Prepared | Loaded | LoadFailed | Broken | Status | Accepted | Answer | Pong | Probed | Leaving | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: "msgspec.msgpack.Decoder[ToWorker]" = msgspec.msgpack.Decoder(ToWorker)
@@ -373,26 +385,3 @@ def event_answer(request_id: str, event: Event | YokeError) -> Answer:
             return Answer(id=request_id, finished=event)
         case YokeError():
             return Answer(id=request_id, error=error_note(event))
-
-
-def error_note(error: YokeError) -> ErrorNote:
-    """An error as a value."""
-    return ErrorNote(
-        kind=type(error).__name__,
-        message=str(error),
-        field=error.field if isinstance(error, RequestError) else None,
-        status=error.http_status,
-        missing_bytes=error.missing_bytes if isinstance(error, PlacementError) else 0,
-    )
-
-
-def noted_error(note: ErrorNote) -> YokeError:
-    """The error that a note was made of; an unknown kind becomes the root of the tree."""
-    kind = getattr(errors, note.kind, YokeError)
-    if kind is RequestError:
-        return RequestError(note.message, field=note.field, status=note.status)
-    if kind is PlacementError:
-        return PlacementError(note.message, missing_bytes=note.missing_bytes)
-    if not (isinstance(kind, type) and issubclass(kind, YokeError)):
-        kind = YokeError
-    return kind(note.message)

@@ -11,6 +11,9 @@ from yoke.weights.gguf import GgufFile
 from yoke.weights.manifest import Manifest, tile_bytes
 from yoke.weights.pack import Pack
 
+RECENT = 4
+"""Tensors whose pages a shelf leaves in memory: clients that are at different ones do not take them from each other."""
+
 QUIET_S = 60.0
 """How long a connection may bring no request, or take no answer, before it is closed: a client that still needs something opens another."""
 
@@ -43,7 +46,7 @@ class FileShelf:
             raise ModelError(f"{file.path} is not the file of model {manifest.digest.hex()[:12]}; make its manifest anew")
         self._file, self._manifest = file, manifest
         self._turn = threading.Lock()
-        self._last = ""
+        self._recent: list[str] = []
 
     @property
     def manifest(self) -> Manifest:
@@ -58,15 +61,16 @@ class FileShelf:
     def read(self, tile_id: int) -> memoryview | None:
         """A tile's bytes: a view of the file, or a copy where it is a stripe. None for what is no tile.
 
-        Pages of a tensor are given back when the next one is asked for, so that a node that gives a model does not come to hold it in memory.
+        Pages are given back when some other tensors were asked for, so that a node that gives a model does not come to hold it in memory.
         """
         if not 0 <= tile_id < self._manifest.layout.n_tiles:
             return None
         tile = self._manifest.layout.tile(tile_id)
         with self._turn:
-            last, self._last = self._last, tile.name
-        if last not in ("", tile.name):
-            self._file.release(last)
+            recent = [*(name for name in self._recent if name != tile.name), tile.name]
+            old, self._recent = recent[:-RECENT], recent[-RECENT:]
+        for name in old:
+            self._file.release(name)
         return tile_bytes(self._file, tile)
 
 

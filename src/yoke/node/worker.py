@@ -15,21 +15,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from msgspec.structs import replace
+
 import yoke
 from yoke.core.clock import SystemClock
 from yoke.core.errors import BackendError, InvariantError, NodeError, RemoteProtocolError, YokeError
-from yoke.core.node import Device, NodeId
+from yoke.core.node import NodeId
 from yoke.net.channel import Channel, send_message
 from yoke.net.codec import Hello, Purpose
 from yoke.net.identity import Identity
 from yoke.net.measuring import answer, measure
 from yoke.net.tcp import Listener, connect
 from yoke.node import messages as say
-from yoke.node.devices import choose_device, offered, open_backend
+from yoke.node.devices import choose_device, look_at_devices, offered, open_backend
 from yoke.node.duty import Duty, Post
 from yoke.node.fetching import Supplier
 from yoke.node.holding import Holding, Shape, unless
 from yoke.node.loading import FileSource, Source
+from yoke.node.notes import error_note
 from yoke.node.porter import Porter
 from yoke.node.supplies import Supplies
 from yoke.run.engine import Cancel
@@ -72,8 +75,6 @@ class Worker:
     def __init__(self, control: ControlStream, start: say.Start) -> None:
         self._control, self._start = control, start
         self._backend = open_backend(start.backend, start.library, start.threads)
-        devices = self._backend.devices()
-        self._device = choose_device(devices, start.device)
         self._identity = Identity.load_or_create(Path(start.state_dir))
         self._listener = Listener(start.host, 0, self._identity, [], spin_s=start.spin_s)
         self._supplies = Supplies(Path(start.state_dir), start.store_bytes)
@@ -86,7 +87,7 @@ class Worker:
         self._duty: Duty | None = None
         self._stood_down = 0
         self._holding: Holding | None = None
-        self._control.send(self._introduction(devices))
+        self._introduce(start)
 
     def run(self) -> None:
         """Carry out one plan after the other."""
@@ -116,7 +117,7 @@ class Worker:
                 self._let_go()
             if not duty.stopped.is_set():
                 ending = say.Broken if is_serving else say.LoadFailed
-                self._control.send(ending(version=version, error=say.error_note(error)))
+                self._control.send(ending(version=version, error=error_note(error)))
         finally:
             duty.close()
 
@@ -157,7 +158,7 @@ class Worker:
                 self._supplies.bring(load.plan, place, load.manifest, self._suppliers(load), _every(PROGRESS_S, self._progress(load)), threading.Event())
             self._control.send(say.Prepared(version=version))
         except YokeError as error:
-            self._control.send(say.LoadFailed(version=version, error=say.error_note(error)))
+            self._control.send(say.LoadFailed(version=version, error=error_note(error)))
 
     def _suppliers(self, load: say.Load) -> tuple[Supplier, ...]:
         return tuple(
@@ -183,17 +184,21 @@ class Worker:
         total = load.plan.shard_bytes(load.stage, load.rank)
         return lambda done: self._control.send(say.Progress(done_bytes=done, total_bytes=total))
 
-    def _introduction(self, devices: tuple[Device, ...]) -> say.Ready:
-        return say.Ready(
+    def _introduce(self, start: say.Start) -> None:
+        """Look at the chips, and say who this is and what it offers."""
+        devices, notes = look_at_devices(self._backend, start, lambda what, share: self._control.send(say.Measuring(what=what, share=share)))
+        ready = say.Ready(
             id=self._identity.id,
             name=self._start.name,
             certificate=self._identity.certificate_der,
             port=self._listener.address[1],
-            device=offered(self._device, self._start.memory_share),
+            device=offered(choose_device(devices, start.device), start.memory_share),
             devices=devices,
+            notes=notes,
             backend_version=self._backend.version,
             yoke_version=yoke.__version__,
         )
+        self._control.send(ready)
 
     def _read_orders(self) -> None:
         """The reader thread. Tokenising happens here, beside the token loop."""
@@ -201,7 +206,7 @@ class Worker:
             try:
                 self._obey(self._control.receive())
             except RemoteProtocolError as error:
-                self._control.send(say.Failed(error=say.error_note(error)))
+                self._control.send(say.Failed(error=error_note(error)))
                 os._exit(1)
 
     def _obey(self, order: say.ToWorker) -> None:
@@ -218,6 +223,8 @@ class Worker:
                 self._control.send(_status(duty, self._start.name))
             case say.Probe(id=node):
                 threading.Thread(target=self._probe, args=(node,), name="yoke-probe", daemon=True).start()
+            case say.Measure(weight_type=weight_type):
+                self._introduce(replace(self._start, weight_type=weight_type, is_thorough=False, known=()))
             case say.Release():
                 os._exit(0)
             case say.Start() | say.Refused():
@@ -299,7 +306,7 @@ def main() -> None:
             raise RemoteProtocolError(f"the first order is a {type(start).__name__}; expected Start")
         Worker(control, start).run()
     except YokeError as error:
-        control.send(say.Failed(error=say.error_note(error)))
+        control.send(say.Failed(error=error_note(error)))
         os._exit(error.exit_code)
 
 

@@ -20,6 +20,7 @@ from yoke.core.request import Finished, FinishReason, Message, Piece, Request, R
 from yoke.core.spec import ModelSpec, Rope, RopeStyle
 from yoke.net.group import WireType
 from yoke.node import messages as say
+from yoke.node.notes import ErrorNote, error_note, noted_error
 from yoke.planner import grid_plan
 from yoke.run.intake import Resume
 
@@ -76,7 +77,7 @@ REQUEST = Request(
     stop=("\n",),
     ignore_eos=True,
 )
-NOTE = say.ErrorNote(kind="RequestError", message="no", field="prompt", status=404)
+NOTE = ErrorNote(kind="RequestError", message="no", field="prompt", status=404)
 PEER = say.Peer(id=NODES[0], name="attic", certificate=b"c", host="10.0.0.1", port=7)
 TIMES = StageTimes(stage=0, rank=1, node="attic", steps=1, tokens=2, compute_s=0.1, collective_s=0.2, wire_s=0.3, waiting_s=0.4)
 
@@ -256,17 +257,17 @@ def test_every_error_travels_with_all_its_parts(kind: type[YokeError]) -> None:
         error = RequestError("what happened", field="prompt", status=413)
     if isinstance(error, PlacementError):
         error = PlacementError("what happened", missing_bytes=2**50)
-    body = say.encode(say.Failed(error=say.error_note(error)))[4:]
+    body = say.encode(say.Failed(error=error_note(error)))[4:]
     found = say.decode_from_worker(body)
     assert isinstance(found, say.Failed)
-    again = say.noted_error(found.error)
+    again = noted_error(found.error)
     assert (type(again), str(again), vars(again)) == (kind, "what happened", vars(error))
     assert (again.exit_code, again.http_status) == (error.exit_code, error.http_status)
 
 
 @pytest.mark.parametrize("kind", ["", "Nonsense", "__name__", "__doc__", "__builtins__", "Exception", "KeyboardInterrupt"])
 def test_unknown_kind_of_error_becomes_the_root(kind: str) -> None:
-    error = say.noted_error(say.ErrorNote(kind=kind, message="hm"))
+    error = noted_error(ErrorNote(kind=kind, message="hm"))
     assert (type(error), str(error)) == (YokeError, "hm")
 
 
@@ -275,4 +276,4 @@ def test_each_event_becomes_an_answer_of_its_own_kind() -> None:
         answer = say.event_answer("r", event)
         there = [x for x in (answer.started, answer.piece, answer.finished, answer.error) if x is not None]
         assert answer.id == "r"
-        assert there == [say.error_note(event) if isinstance(event, YokeError) else event]
+        assert there == [error_note(event) if isinstance(event, YokeError) else event]
