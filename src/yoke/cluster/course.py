@@ -14,8 +14,9 @@ from yoke.cluster.members import Roster
 from yoke.cluster.places import COORDINATORS, Seating
 from yoke.cluster.policy import Policy
 from yoke.cluster.standbys import Standbys, successors
-from yoke.core.errors import InvariantError, NodeError, NodeGone, YokeError
+from yoke.core.errors import InvariantError, NodeError, NodeGone, PlacementError, YokeError
 from yoke.core.node import NodeId
+from yoke.core.plan import Plan
 from yoke.planner import Wish
 
 Report = m.Prepared | m.Loaded | m.LoadFailed | m.Broken
@@ -137,7 +138,7 @@ class Course:
         if self.served is None:
             self._load(seating, change.reasons)
         else:
-            self._judge(change, self.served, seating, answer.moving_s)
+            self._judge(change, self.served, seating, answer)
 
     def report(self, report: Report) -> None:
         """A node says how far it is with a plan; what it says of another version is late."""
@@ -175,12 +176,13 @@ class Course:
         self.advance()
 
     def mind_patience(self) -> None:
-        """When nothing has served for long and nothing is under way, streams end."""
-        if self.served is not None or self.change is not None:
+        """Streams end when no plan has been found for long, and none is being looked for now. A plan that fits, and is being loaded, is worth waiting for."""
+        if self.served is not None or (self.change is not None and self.change.step is Step.LOADING):
+            self._idle_since_s = None
             return
         if self._idle_since_s is None:
             self._idle_since_s = self.now
-        if not self._has_failed and self.now - self._idle_since_s >= self.policy.patience_s:
+        if self.change is None and not self._has_failed and self.now - self._idle_since_s >= self.policy.patience_s:
             cause = self._trouble or "There is nothing to plan with"
             self._fail_streams(NodeError(f"{cause}. Nothing could serve the model for {self.policy.patience_s:g} s; bring a machine back, or add one"))
 
@@ -190,7 +192,7 @@ class Course:
     @property
     def _is_young(self) -> bool:
         """Whether the plan that serves has not yet shown that it holds."""
-        return self.now - self._served_since_s < self.policy.retry_s
+        return self.now - self._served_since_s < self.policy.young_s
 
     def _is_early(self, node: NodeId) -> bool:
         """Whether a node of the working plan goes before it has done its part for a while."""
@@ -214,11 +216,11 @@ class Course:
             self.want(f"{self.roster.name(node)} leaves", due_s)
 
     def _halt(self) -> None:
-        """Stop what serves or loads, in all its nodes that are there."""
+        """Stop what serves or loads, in all its nodes that are there; the streams pause even if none of them is."""
         served, change = self.served, self.change
         stopped = served if served is not None else change.seating if change is not None and change.step is Step.LOADING else None
-        if stopped is not None and (ids := self.roster.living(stopped.seats)):
-            self.out.append(m.StandDown(version=stopped.plan.version, ids=ids))
+        if stopped is not None:
+            self.out.append(m.StandDown(version=stopped.plan.version, ids=self.roster.living(stopped.seats)))
         if served is not None and not self._is_young:
             self.roster.trials.forget(served.seats)
         self.served = None
@@ -244,9 +246,11 @@ class Course:
             self._say(f"nothing can serve the model: {error}")
         elif not leavers:
             self._say(f"{'; '.join(change.reasons)}: no other plan fits ({error}), so the one that serves stays")
+        if not isinstance(error, PlacementError):  # the planner itself fell over: the same question may have an answer later
+            self.want(f"the planner failed ({error})", self.now + self.policy.retry_s)
         self._order_standbys()
 
-    def _judge(self, change: Change, served: Seating, seating: Seating, moving_s: float) -> None:
+    def _judge(self, change: Change, served: Seating, seating: Seating, made: m.PlanMade) -> None:
         """Whether a plan that nobody is forced to take replaces the one that serves."""
         why, leavers = "; ".join(change.reasons), self._leavers_served()
         if seating.plan.stages == served.plan.stages:
@@ -255,8 +259,9 @@ class Course:
             self.change = None
             self._order_standbys()
             return
-        weighing = self.policy.weigh(served.seconds_with(self.roster.nodes(served.seats)), seating.seconds_per_token, moving_s)
-        is_made = weighing.is_worth_it or bool(leavers)
+        weighing = self.policy.weigh(served.seconds_with(self.roster.nodes(served.seats)), seating.seconds_per_token, made.moving_s)
+        is_wished = made.is_wished and _grid(seating.plan) != _grid(served.plan)
+        is_made = weighing.is_worth_it or bool(leavers) or is_wished
         self._say(f"{why}: {weighing.text}: the plan {'changes' if is_made else 'stays'}")
         if not is_made:
             self.change = None
@@ -302,7 +307,6 @@ class Course:
             if member.holds is not None and member.holds != seating.place(node):
                 member.holds = None
         self.change = Change(plan.version, Step.LOADING, reasons, {}, seating, set(seating.seats), self.now + self.policy.load_s)
-        self._idle_since_s = None
         self.out.append(m.Load(version=plan.version, plan=plan))
 
     def _replace(self, working: Seating, heirs: Mapping[NodeId, NodeId]) -> None:
@@ -313,7 +317,7 @@ class Course:
 
     def _serve(self, seating: Seating) -> None:
         self.served, self.change, self._served_since_s = seating, None, self.now
-        self._idle_since_s, self._has_failed, self._loss, self._trouble = None, False, "", ""
+        self._has_failed, self._loss, self._trouble = False, "", ""
         self.out.append(m.Serve(version=seating.plan.version))
         for node in self.roster.leavers():
             if node in seating.seats:
@@ -375,3 +379,8 @@ class Course:
     def _fail_streams(self, error: YokeError) -> None:
         self._has_failed = True
         self.out.append(m.FailStreams(error=error))
+
+
+def _grid(plan: Plan) -> tuple[int, ...]:
+    """How many ranks each stage has: what a person may have wished for."""
+    return tuple(len(stage.shards) for stage in plan.stages)

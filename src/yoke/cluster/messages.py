@@ -53,12 +53,16 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanMade:
-    """The answer to `MakePlan`. ``moving_s`` is how long loading is predicted to take: 0 if nothing moves."""
+    """The answer to `MakePlan`. ``moving_s`` is how long loading is predicted to take: 0 if nothing moves.
+
+    A plan that ``is_wished`` has the layout that a person asked for: it replaces one that has not, whatever it costs.
+    """
 
     version: int
     plan: Plan
     seconds_per_token: float
     moving_s: float
+    is_wished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +161,7 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandDown:
-    """Stop the work of this version, and of older ones, in these nodes at once. Streams pause."""
+    """Stop the work of this version, and of older ones, in these nodes at once. Streams pause. There are no ids if all of its nodes are dead."""
 
     version: int
     ids: tuple[NodeId, ...]

@@ -24,6 +24,7 @@ class Policy:
     settle_s : newcomers within this time share one planning.
     load_s : a load that has not ended by then is a failure of those who have not reported.
     retry_s : a node whose load failed is left out of plans for so long; twice as long each further time.
+    young_s : a plan that has served for less has not shown yet that its nodes can hold it.
 
     Raises
     ------
@@ -43,6 +44,7 @@ class Policy:
     settle_s: float = 0.5
     load_s: float = 600.0
     retry_s: float = 10.0
+    young_s: float = 2.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -13,6 +13,9 @@ from yoke.core.node import NodeId
 MAX_DOUBLINGS = 6
 """10 s become 640 s: a machine that was mended is taken back within some minutes, without anybody's help."""
 
+ACCIDENTS = 3
+"""Deaths while loading that are forgiven: people restart machines, and one that crashes for want of memory does so every time."""
+
 MAX_REMEMBERED = 4096
 """Nodes whose failures are kept in mind; the oldest is forgotten when there are more."""
 
@@ -38,14 +41,14 @@ class Trials:
         """A node could not load. The answer is for how many seconds it should rest; unless ``is_barred`` is false, it is left out of plans meanwhile."""
         times = self._times(node) + 1
         wait_s = self._retry_s * 2.0 ** min(times - 1, MAX_DOUBLINGS)
-        self._remember(node, times, now + wait_s if is_barred else now)
+        self._remember(node, times, now, wait_s if is_barred else 0.0)
         return wait_s
 
     def stumbled(self, node: NodeId, now: float) -> float:
-        """A node died while it loaded, or soon after. Once may be an accident; from the second time on it is left out like one that failed."""
+        """A node died while it loaded, or soon after. `ACCIDENTS` may happen; from then on it is left out like one that failed."""
         times = self._times(node) + 1
-        wait_s = self._retry_s * 2.0 ** min(times - 2, MAX_DOUBLINGS) if times > 1 else 0.0
-        self._remember(node, times, now + wait_s)
+        wait_s = self._retry_s * 2.0 ** min(times - 1 - ACCIDENTS, MAX_DOUBLINGS) if times > ACCIDENTS else 0.0
+        self._remember(node, times, now, wait_s)
         return wait_s
 
     def forget(self, nodes: Iterable[NodeId]) -> None:
@@ -71,9 +74,10 @@ class Trials:
         trial = self._trials.get(node)
         return trial.times if trial is not None else 0
 
-    def _remember(self, node: NodeId, times: int, until_s: float) -> None:
-        self._trials[node] = _Trial(times, until_s)
+    def _remember(self, node: NodeId, times: int, now: float, rest_s: float) -> None:
+        self._trials[node] = _Trial(times, now + rest_s)
         self._trials.move_to_end(node)
-        heapq.heappush(self._ends, (until_s, node))
+        if rest_s:
+            heapq.heappush(self._ends, (now + rest_s, node))
         if len(self._trials) > MAX_REMEMBERED:
             self._trials.popitem(last=False)

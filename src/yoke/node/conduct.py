@@ -168,7 +168,7 @@ class Conduct:
         """Ask the planner, in a thread of its own: with many machines it takes its time."""
         wish, links = replace(self._wish, version=version), tuple(self.known_links())
         try:
-            outlook = await asyncio.to_thread(_outlook, self._model, nodes, links, wish, is_first=not self.served.done())
+            outlook, is_wished = await asyncio.to_thread(_outlook, self._model, nodes, links, wish, is_first=not self.served.done())
             if len(outlook.bytes_per_node) > 1 and self._manifest is None:
                 file, head_dim, directory = self._model.file, self._model.spec.head_dim, manifests(self._hands.directory)
                 self._manifest = await asyncio.to_thread(manifest_of, file, head_dim, directory)
@@ -179,7 +179,7 @@ class Conduct:
             return
         self._outlooks = {version: outlook} | {v: o for v, o in self._outlooks.items() if o is self.outlook}
         moving = 0.0
-        self.handle(to_do.PlanMade(version=version, plan=outlook.plan, seconds_per_token=outlook.seconds_per_token, moving_s=moving))
+        self.handle(to_do.PlanMade(version=version, plan=outlook.plan, seconds_per_token=outlook.seconds_per_token, moving_s=moving, is_wished=is_wished))
 
     def _load(self, version: int, plan: Plan) -> None:
         if version not in self._outlooks and self.outlook is not None:  # a plan that the state made of the last one, with a node replaced
@@ -286,11 +286,11 @@ class _Pace:
         return self.planned * self.usual_s / mean_s
 
 
-def _outlook(model: Model, nodes: Sequence[Node], links: Sequence[Link], wish: Wish, *, is_first: bool) -> Outlook:
-    """The plan that is wished for. When machines were lost, a layout that they were needed for is given up rather than the model."""
+def _outlook(model: Model, nodes: Sequence[Node], links: Sequence[Link], wish: Wish, *, is_first: bool) -> tuple[Outlook, bool]:
+    """The plan, and whether it has a layout that was wished for. When machines were lost, a layout that they were needed for is given up, not the model."""
     try:
-        return make_plan(model.spec, nodes, links, wish if is_first else replace(wish, use_all=False))
+        return make_plan(model.spec, nodes, links, wish if is_first else replace(wish, use_all=False)), wish.is_forced
     except PlacementError:
         if is_first or not wish.is_forced:
             raise
-        return make_plan(model.spec, nodes, links, replace(wish, stages=None, ranks=None, shares=None, use_all=False))
+        return make_plan(model.spec, nodes, links, replace(wish, stages=None, ranks=None, shares=None, use_all=False)), False

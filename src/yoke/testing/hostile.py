@@ -19,8 +19,7 @@ from yoke.core.node import NodeId
 from yoke.net.codec import HEADER_BYTES, Hello, Purpose, encode
 from yoke.net.identity import Identity, client_context, joining_client_context
 
-WAIT_S = 2.0
-"""How long an attacker waits to be hung up on before it goes by itself."""
+CONNECT_S = 2.0
 
 N_SILENT = 40
 """Connections that are held open and say nothing."""
@@ -47,10 +46,13 @@ class Attacker:
     stranger : a key that belongs to no cluster.
     member : a key that is among the target's certificates; None leaves out what only a member can do.
     sources : how many addresses to come from, where the loopback device has more than one.
+    wait_s : how long it waits to be answered or hung up on before it goes by itself.
     """
 
-    def __init__(self, target: Target, stranger: Identity, member: Identity | None = None, *, seed: int = 0, sources: int = 1000) -> None:
-        self._target, self._stranger, self._sources = target, stranger, sources
+    def __init__(
+        self, target: Target, stranger: Identity, member: Identity | None = None, *, seed: int = 0, sources: int = 1000, wait_s: float = 0.2
+    ) -> None:
+        self._target, self._stranger, self._sources, self._wait_s = target, stranger, sources, wait_s
         self._random = random.Random(seed)  # noqa: S311 (chance, not secrecy)
         self._silent: deque[socket.socket] = deque()
         self._joining = joining_client_context()
@@ -97,11 +99,13 @@ class Attacker:
     def _connect(self, port: int) -> socket.socket:
         number = self._random.randrange(self._sources)
         source = ("127.1." + f"{number >> 8 & 255}.{number & 255}", 0) if sys.platform == "linux" else None
-        connection = socket.create_connection(("127.0.0.1", port), timeout=WAIT_S, source_address=source)
+        connection = socket.create_connection(("127.0.0.1", port), timeout=CONNECT_S, source_address=source)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leave nothing behind in the system
         return connection
 
     def _hear_out(self, connection: socket.socket) -> None:
+        connection.settimeout(self._wait_s)
         while data := connection.recv(1 << 16):
             self.heard_bytes += len(data)
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -177,22 +177,28 @@ class Pack:
 
     def read(self, tile_id: int) -> memoryview | None:
         """A tile's bytes, a view of the mapped pack that stays valid; None if it is not here."""
-        if not self.holds(tile_id):
-            return None
-        start = self._index.offsets[tile_id]
-        stop = start + self._sizes[tile_id]
+        return self.read_run((tile_id,))
+
+    def read_run(self, ids: Sequence[int]) -> memoryview | None:
+        """The bytes of several tiles, one behind the other, if they lie so in the pack: as they do when one source brought them in this order."""
+        start = stop = self._index.offsets[ids[0]] if self.holds(ids[0]) else -1
+        for tile_id in ids:
+            if start < 0 or not self.holds(tile_id) or self._index.offsets[tile_id] != stop:
+                return None
+            stop += self._sizes[tile_id]
         mapped = self._mapped if stop <= len(self._mapped) else self._map(stop)
         return mapped[start:stop] if mapped is not None else None
 
     def release(self, ids: Iterable[int]) -> None:
         """Tell the system that these tiles' pages are not needed in memory for now, where it can be told. Reading them again still works."""
-        offsets = [self._index.offsets[tile_id] for tile_id in ids if self.holds(tile_id)]
+        spans = [(start, start + self._sizes[tile_id]) for tile_id in ids if (start := self._index.offsets[tile_id]) >= 0]
         with self._map_lock:
-            if self._mapping is not None and offsets and hasattr(mmap, "MADV_DONTNEED"):
+            if self._mapping is not None and spans and hasattr(mmap, "MADV_DONTNEED"):
                 # Pages of other tiles in between come back when they are read.
-                start = min(offsets) // mmap.PAGESIZE * mmap.PAGESIZE
-                stop = min(max(offsets) + max(self._sizes), len(self._mapping))
-                self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+                start = min(spans)[0] // mmap.PAGESIZE * mmap.PAGESIZE
+                stop = min(max(spans)[1], len(self._mapping))
+                if start < stop:
+                    self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def sync(self) -> None:
         """Have the disk write what was added, so that a power cut costs nothing of it.

@@ -84,8 +84,12 @@ def test_a_server_that_is_sent_anything_gets_requests_or_errors(data):
         here.send(data)
         here.close()
         with pytest.raises((RemoteProtocolError, NodeGone)):
-            while True:
-                receive_request(there)
+            read_all(there)
+
+
+def read_all(channel):
+    while True:
+        receive_request(channel)
 
 
 @given(st.data(), requests)

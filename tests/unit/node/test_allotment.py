@@ -92,21 +92,18 @@ def test_the_last_resort_does_not_wait_for_ever_for_others_to_speak() -> None:
     assert allotment.take(1, PACE.grace_s) != []
 
 
-def test_the_last_resort_helps_when_the_others_are_too_slow() -> None:
-    for step_s, helps in ((0.5, True), (0.01, False)):
-        allotment = make(400, False, True)
-        allotment.offer(0, bitmap(range(400)))
-        allotment.offer(1, bitmap(range(400)))
-        now = 0.0
-        for _ in range(8):
-            for tile_id in allotment.take(0, now) or [next(iter(allotment._sources[0].flying))]:
-                now += step_s
-                allotment.arrived(0, tile_id, now)
-        now = max(now, PACE.grace_s)
-        allotment.take(0, now)
-        if not helps:
-            now = allotment._sources[0].heard_at = PACE.grace_s
-        assert bool(allotment.take(1, now)) == helps, step_s
+@pytest.mark.parametrize(("step_s", "helps"), [(0.5, True), (0.01, False)])
+def test_the_last_resort_helps_when_the_others_are_too_slow(step_s: float, helps: bool) -> None:
+    """400 tiles of 64 KB take 200 s at one in half a second, and 4 s at a hundred a second."""
+    allotment, now = make(400, False, True), 0.0
+    for source in range(2):
+        allotment.offer(source, bitmap(range(400)))
+    while now < PACE.grace_s:
+        assert allotment.take(1, now) == []
+        for tile_id in allotment.take(0, now):
+            now += step_s
+            allotment.arrived(0, tile_id, now)
+    assert bool(allotment.take(1, now)) == helps
 
 
 def test_a_stalled_sources_tiles_are_asked_of_who_has_nothing_to_do() -> None:
@@ -243,17 +240,16 @@ def test_every_tile_comes_once_if_anybody_can_bring_it(data: st.DataObject) -> N
         assert not (alive[source] and allotment.left & has[source])
 
 
-@pytest.mark.parametrize("n_tiles", [200_000])
-def test_many_tiles_are_given_out_quickly(n_tiles: int) -> None:
-    """Work is in proportion to the tiles: giving out the last ones looks at no more than giving out the first."""
+def test_each_of_very_many_tiles_is_asked_for_once() -> None:
+    n_tiles = 100_000
     allotment = make(n_tiles, False, False)
     for source in range(2):
         allotment.offer(source, bitmap(range(n_tiles), n_tiles))
-    looked = 0
+    asked = 0
     while not allotment.is_over:
         for source in range(2):
             ids = allotment.take(source, 0.0)
-            looked += len(ids)
+            asked += len(ids)
             for tile_id in ids:
                 allotment.arrived(source, tile_id, 0.0)
-    assert looked == n_tiles
+    assert asked == n_tiles

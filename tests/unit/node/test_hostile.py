@@ -20,10 +20,12 @@ from yoke.node.door import MAX_KNOCKS, Door, Guest
 from yoke.node.membership import Membership
 from yoke.testing.hostile import Attacker, Target
 
-N_THROWS = 700
+N_THROWS, N_VOLLEYS = 220, 10
 MESSAGE = bytes(range(256)) * 16
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8 on its loopback device, and the attackers need many addresses")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8 on its loopback device, and the attackers need many addresses"
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,94 +79,107 @@ class DataPort:
             assert not thread.is_alive()
 
 
-def exchange(channel: TcpChannel, is_over: threading.Event, done: list[int]) -> None:
-    """The friend's side of the data plane."""
-    data = bytearray(len(MESSAGE))
-    while not is_over.is_set():
-        channel.send(MESSAGE)
-        channel.receive_into(memoryview(data))
-        assert data == MESSAGE
-        done[0] += 1
+class Friend:
+    """A member that goes on, on both planes, until it is told to stop."""
+
+    def __init__(self, channel: TcpChannel) -> None:
+        self.channel, self.is_over = channel, threading.Event()
+        self.n_exchanges = self.n_answers = 0
+        self._thread = threading.Thread(target=self._exchange, daemon=True)
+        self._thread.start()
+
+    def _exchange(self) -> None:
+        data = bytearray(len(MESSAGE))
+        while not self.is_over.wait(0.001):
+            self.channel.send(MESSAGE)
+            self.channel.receive_into(memoryview(data))
+            assert data == MESSAGE
+            self.n_exchanges += 1
+
+    async def converse(self, stream: Stream) -> None:
+        """The control plane, where a guest is echoed."""
+        reader, writer = stream
+        while not self.is_over.is_set():
+            writer.write(b"how are you?")
+            assert await reader.readexactly(12) == b"how are you?"
+            self.n_answers += 1
+            await asyncio.sleep(0.001)
+        writer.close()
+
+    def stop(self) -> None:
+        """All that was sent came back: an exchange that failed has ended its thread, and is seen in the count."""
+        self.is_over.set()
+        self._thread.join(10)
+        self.channel.close()
 
 
-async def converse(stream: Stream, is_over: threading.Event) -> int:
-    """The friend's side of the control plane: how often it was answered."""
-    reader, writer = stream
-    n_answers = 0
-    while not is_over.is_set():
-        writer.write(b"how are you?")
-        assert await reader.readexactly(12) == b"how are you?"
-        n_answers += 1
-    writer.close()
-    return n_answers
+async def echo(stream: Stream) -> None:
+    with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+        while True:
+            stream[1].write(await stream[0].readexactly(12))
+    stream[1].close()
 
 
-def test_members_go_on_and_newcomers_come_in_while_both_ports_are_under_fire(people: dict[str, Identity], tmp_path: Path) -> None:
-    process = psutil.Process()
-    data_port = DataPort(people)
-    address = data_port.listener.address
-    channel = connect(address, people["first"].id, people["friend"], [people["first"].certificate_der], deadline_s=5.0)
-    channel.set_timeout(10.0)
-    guests: dict[NodeId, Stream] = {}
-    faults: list[object] = []
-    is_over, exchanges = threading.Event(), [0]
-    friend = threading.Thread(target=exchange, args=(channel, is_over, exchanges))
-    friend.start()
+def fire(attacker: Attacker, n_throws: int) -> None:
+    kinds = list(attacker.kinds)
+    for index in range(n_throws):
+        attacker.throw(kinds[index % len(kinds)])
+
+
+async def scene(people: dict[str, Identity], directory: Path, data_port: DataPort, friend: Friend) -> tuple[Door, list[NodeId]]:
+    """The door's counts at the end, and who came in by it."""
+    first, process = people["first"], psutil.Process()
+    guests: dict[NodeId, asyncio.Task[None]] = {}
 
     async def welcome(guest: Guest) -> None:
-        guests[guest.id] = guest.stream
-        if guest.id == people["friend"].id:
-            echoing.append(asyncio.ensure_future(echo(guest.stream)))
+        guests[guest.id] = asyncio.create_task(echo(guest.stream))
 
-    async def echo(stream: Stream) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
-            while True:
-                stream[1].write(await stream[0].readexactly(12))
-        stream[1].close()
+    async with Door(first, Membership(directory, first.id, "hall"), ("127.0.0.1", 0), welcome, guests.__contains__) as door:
+        conversation = asyncio.create_task(friend.converse(await knock(door.invite(), people["friend"])))
+        target = Target(coordinator=first.id, door_port=door.port, data_port=data_port.listener.address[1], certificates=(first.certificate_der,))
+        attacker = Attacker(target, people["stranger"], people["traitor"], seed=1, wait_s=0.05)
+        n_fds = process.num_fds()
+        for _ in range(N_VOLLEYS):
+            firing = asyncio.create_task(asyncio.to_thread(fire, attacker, N_THROWS // N_VOLLEYS))
+            newcomer = await knock(door.invite(), people["newcomer"])
+            assert len(door._strangers) <= MAX_KNOCKS
+            await hang_up(newcomer)
+            await guests.pop(people["newcomer"].id)
+            await firing
+        attacker.stop()
+        while process.num_fds() > n_fds + 2:  # noqa: ASYNC110 (what is left of the attack goes by itself; if not, the tests' timeout tells)
+            await asyncio.sleep(0.01)
+        friend.is_over.set()
+        await conversation
+    await asyncio.gather(*guests.values())
+    return door, [member.id for member in Membership(directory, first.id, "hall").members]
 
-    echoing: list[asyncio.Future[None]] = []
 
-    async def scene() -> tuple[Attacker, Door, int]:
+async def hang_up(stream: Stream) -> None:
+    stream[1].close()
+    with contextlib.suppress(OSError):
+        await stream[1].wait_closed()
+
+
+# Python's ssl leaves a socket to the collector when a caller resets its connection at the very moment of wrapping it.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. .ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning")
+def test_members_go_on_and_newcomers_come_in_while_both_ports_are_under_fire(people: dict[str, Identity], tmp_path: Path) -> None:
+    faults: list[object] = []
+
+    async def watched() -> tuple[Door, list[NodeId]]:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
-        async with Door(people["first"], Membership(tmp_path, people["first"].id, "hall"), ("127.0.0.1", 0), welcome, guests.__contains__) as door:
-            conversation = asyncio.ensure_future(converse(await knock(door.invite(), people["friend"]), is_over))
-            target = Target(
-                coordinator=people["first"].id, door_port=door.port, data_port=address[1], certificates=(people["first"].certificate_der,)
-            )
-            attacker = Attacker(target, people["stranger"], people["traitor"], seed=1)
-            n_fds, n_threads = process.num_fds(), threading.active_count()
-            most = 0
-            kinds = list(attacker.kinds)
+        return await scene(people, tmp_path, data_port, friend)
 
-            def fire(first: int) -> None:
-                for index in range(first, first + N_THROWS // 2):
-                    attacker.throw(kinds[index % len(kinds)])
-
-            await asyncio.to_thread(fire, 0)
-            invite = door.invite()
-            newcomer = asyncio.ensure_future(knock(invite, people["newcomer"]))
-            await asyncio.to_thread(fire, 1)
-            (await newcomer)[1].close()
-            most = max(most, len(door._strangers))
-            attacker.stop()
-            assert most <= MAX_KNOCKS
-            assert attacker.counts.total() == 2 * (N_THROWS // 2)
-            while process.num_fds() > n_fds + 4 or threading.active_count() > n_threads:  # what is left of the attack goes by itself: the timeout of tests tells if not
-                await asyncio.sleep(0.01)
-            is_over.set()
-            n_answers = await conversation
-        await asyncio.gather(*echoing)
-        guests[people["newcomer"].id][1].close()
-        return attacker, door, n_answers
-
-    attacker, door, n_answers = asyncio.run(scene())
-    friend.join(10)
-    channel.close()
-    data_port.close()
+    data_port = DataPort(people)
+    first = people["first"]
+    friend = Friend(connect(data_port.listener.address, first.id, people["friend"], [first.certificate_der], deadline_s=5.0))
+    try:
+        door, members = asyncio.run(watched())
+    finally:
+        friend.stop()
+        data_port.close()
     assert faults == data_port.surprises == []
-    assert exchanges[0] > 20
-    assert n_answers > 20
-    assert set(guests) == {people["friend"].id, people["newcomer"].id}
-    assert door.counts.admitted == 2
+    assert min(friend.n_exchanges, friend.n_answers) > 50
+    assert members == [people["friend"].id, people["newcomer"].id]
     assert door.counts.refused > N_THROWS / 20, "some came as far as being told no"
     assert data_port.listener.refused > N_THROWS / 20

@@ -6,7 +6,7 @@ Knows one shape of block, that of Llama 3.2 1B. Knows no models, files or other 
 import ctypes
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import byref
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,8 @@ def measure_weights(library: Library, device: int, weight_type: TensorType, thre
     try:
         if not (probe.can_compute(1) and probe.can_compute(FIRST_ROWS)):
             return ()
-        for threads in _turns(probe, thread_counts, stop):
+        for threads in turns(thread_counts, stop, time.perf_counter):
+            probe.use_threads(threads)
             if threads not in best:
                 probe.run(FIRST_ROWS, FIRST_ROWS)
             row_s = probe.run(rows[threads], rows[threads]) / rows[threads]
@@ -134,7 +135,8 @@ def measure_attention(library: Library, device: int, thread_counts: Sequence[int
     try:
         if not (probe.can_compute(1) and probe.can_compute(ATTENTION_ROWS)):
             return ()
-        for threads in _turns(probe, thread_counts, stop):
+        for threads in turns(thread_counts, stop, time.perf_counter):
+            probe.use_threads(threads)
             if threads not in best:
                 probe.run(ATTENTION_ROWS, ATTENTION_CELLS)
             rows_s = probe.run(ATTENTION_ROWS, ATTENTION_CELLS)
@@ -153,12 +155,11 @@ def measure_attention(library: Library, device: int, thread_counts: Sequence[int
     )
 
 
-def _turns(probe: "Probe", thread_counts: Sequence[int], stop: float) -> Iterator[int]:
-    """Every number of threads, `BURSTS` times over, ready to compute; from ``stop`` (of the performance counter) on only the first one, once."""
+def turns(thread_counts: Sequence[int], stop: float, now: Callable[[], float]) -> Iterator[int]:
+    """Every number of threads, `BURSTS` times over; from ``stop`` (on the clock that ``now`` reads) on only the first one, once."""
     for burst in range(BURSTS):
         for threads in thread_counts:
-            if time.perf_counter() < stop or (burst == 0 and threads == thread_counts[0]):
-                probe.use_threads(threads)
+            if now() < stop or (burst == 0 and threads == thread_counts[0]):
                 yield threads
 
 
