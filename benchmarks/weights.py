@@ -103,16 +103,14 @@ def report_fetching(directory: Path, manifest: Manifest, plan: Plan, opening: Ca
     cuts = shard_cuts(plan, 0, 1)
     needed = sum(cut_bytes(manifest, cut.name, cut.rows, cut.columns) for cut in cuts)
     ids = wanted_tiles(manifest, cuts)
-    rates, raw, again, received = [], [], [], 0
+    rates, raw, again = [], [], []
+    received: list[int] = []
+    supplier = Supplier(name="attic", open=lambda: Counted(opening(), received.append))
     for number in range(rounds):
         raw.append(RAW_STEPS * STEP_BYTES / MB / timed(partial(receive_raw, opening)))
         with contextlib.closing(Store(directory / f"store{number}", 1 << 40)) as store:
             with store.open(manifest) as pack:
-                opened: list[TcpChannel] = []
-                supplier = Supplier(name="attic", open=lambda opened=opened: opened.append(opening()) or opened[-1])
-                counter = Counter(opened)
-                rates.append(needed / MB / timed(partial(bring, pack, ids, [supplier], counter.look)))
-                received = counter.received
+                rates.append(needed / MB / timed(partial(bring, pack, ids, [supplier])))
             again.append(timed(partial(start_again, store, manifest, ids)))
         if number + 1 < rounds:
             remove(directory / f"store{number}")
@@ -122,8 +120,8 @@ def report_fetching(directory: Path, manifest: Manifest, plan: Plan, opening: Ca
     print(f"second start (open the store, find that nothing is missing): {middle(again) * 1e3:.0f} ms, 0 bytes from the network")
     tiles = sum(manifest.layout.tile(tile_id).n_bytes for tile_id in ids)
     print(
-        f"beyond the shard's bytes: tiles {tiles / needed - 1:.2%}, received over TCP {received / needed - 1:.2%} (TLS, heads and what the giver has "
-        f"counted in), on the disk {stored / needed - 1:.2%} (index and manifest counted in)",
+        f"beyond the shard's bytes: tiles {tiles / needed - 1:.2%}, received over TCP {max(received, default=0) / needed - 1:.2%} (TLS, heads and what the "
+        f"giver has counted in), on the disk {stored / needed - 1:.2%} (index and manifest counted in)",
         flush=True,
     )
 
@@ -154,28 +152,31 @@ def load(backend: GgmlBackend, plan: Plan, source: Source) -> None:
     backend.open(Program(text=decoder(plan, 0, 1), shape=shape, weights=weights, reducer=SoloGroup()), device="CPU", threads=1).close()
 
 
-class Counter:
-    """Reads, as long as the connection stands, what the system has received over it."""
+class Counted:
+    """A channel that says, when it is closed, how many bytes the system has received over it."""
 
-    def __init__(self, opened: Sequence[TcpChannel]) -> None:
-        self._opened = opened
-        self.received = 0
+    def __init__(self, channel: TcpChannel, tell: Callable[[int], None]) -> None:
+        self._channel, self._tell = channel, tell
 
-    def look(self, done: int) -> None:
-        """For `fetch` to call now and then."""
-        if self._opened and hasattr(socket, "TCP_INFO"):
-            with contextlib.suppress(OSError):
-                info = self._opened[0]._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-                self.received = max(self.received, struct.unpack_from("<Q", info, 128)[0])
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._channel, name)
+
+    def close(self) -> None:
+        """Count, and close."""
+        if hasattr(socket, "TCP_INFO"):
+            with contextlib.suppress(OSError):  # closed before
+                info = self._channel._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                self._tell(struct.unpack_from("<Q", info, 128)[0])
+        self._channel.close()
 
 
-def bring(pack: Pack, ids: Sequence[int], suppliers: Sequence[Supplier], report: Callable[[int], None]) -> None:
-    fetch(pack, ids, suppliers, report, threading.Event())
+def bring(pack: Pack, ids: Sequence[int], suppliers: Sequence[Supplier]) -> None:
+    fetch(pack, ids, suppliers, lambda done: None, threading.Event())
 
 
 def start_again(store: Store, manifest: Manifest, ids: Sequence[int]) -> None:
     with store.open(manifest) as pack:
-        bring(pack, ids, [], lambda done: None)
+        bring(pack, ids, [])
 
 
 def receive_raw(opening: Callable[[], TcpChannel]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from yoke.api.gate import is_loopback
 from yoke.api.server import check_host, create_app, serve_http
 from yoke.cli import options
 from yoke.cli.opening import loaded_cluster, run_until_signal
@@ -87,8 +88,7 @@ async def _serve(path: Path, settings: Settings, layout: Layout, shown: Shown) -
                 typer.echo(f"serving {path.stem} at {url}")
 
             cluster.tell.note = _log
-            if layout.is_open:
-                door = cluster.door
+            if layout.is_open and not all(map(is_loopback, (door := cluster.door).hosts)):
                 await stack.enter_async_context(announced(door.node, machine_name(), door.hosts, door.port, note=_log))
             await serve_http(app, host=settings.host, port=settings.port, ready=ready)
 

@@ -34,27 +34,11 @@ class FileLock:
 
     def own(self) -> bool:
         """Take it alone, if nobody else has it: whether that worked."""
-        if sys.platform == "win32":
-            return self._take(_FIRST_BYTE, _SHARERS)
-        return self._flock(fcntl.LOCK_EX)
+        return self._take(is_shared=False)
 
     def share(self) -> bool:
-        """Take it beside others, if nobody owns it: whether that worked. An owner becomes a sharer; then others may come in between."""
-        if sys.platform == "win32":
-            self.release()
-            return any(self._take(_FIRST_BYTE + place, 1) for place in range(_SHARERS))
-        return self._flock(fcntl.LOCK_SH)
-
-    def release(self) -> None:
-        """Let it go."""
-        if sys.platform == "win32":
-            start, length = self._held
-            if length:
-                os.lseek(self._descriptor, start, os.SEEK_SET)
-                msvcrt.locking(self._descriptor, msvcrt.LK_UNLCK, length)
-                self._held = (0, 0)
-        else:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        """Take it beside others, if nobody owns it: whether that worked. An owner becomes a sharer; others may come in between."""
+        return self._take(is_shared=True)
 
     def close(self) -> None:
         """Let it go, and give the descriptor back. Closing twice does nothing."""
@@ -65,20 +49,36 @@ class FileLock:
 
     if sys.platform == "win32":
 
-        def _take(self, start: int, length: int) -> bool:
-            os.lseek(self._descriptor, start, os.SEEK_SET)
-            try:
-                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, length)
-            except PermissionError:
-                return False
-            self._held = (start, length)
-            return True
+        def release(self) -> None:
+            """Let it go."""
+            start, length = self._held
+            if length:
+                os.lseek(self._descriptor, start, os.SEEK_SET)
+                msvcrt.locking(self._descriptor, msvcrt.LK_UNLCK, length)
+                self._held = (0, 0)
+
+        def _take(self, *, is_shared: bool) -> bool:
+            self.release()
+            spans = [(_FIRST_BYTE + place, 1) for place in range(_SHARERS)] if is_shared else [(_FIRST_BYTE, _SHARERS)]
+            for span in spans:
+                os.lseek(self._descriptor, span[0], os.SEEK_SET)
+                try:
+                    msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, span[1])
+                except PermissionError:
+                    continue
+                self._held = span
+                return True
+            return False
 
     else:
 
-        def _flock(self, kind: int) -> bool:
+        def release(self) -> None:
+            """Let it go."""
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+        def _take(self, *, is_shared: bool) -> bool:
             try:
-                fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+                fcntl.flock(self._descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
             return True

@@ -193,7 +193,7 @@ class Pack:
         """Tell the system that these tiles' pages are not needed in memory for now, where it can be told. Reading them again still works."""
         spans = [(start, start + self._sizes[tile_id]) for tile_id in ids if (start := self._index.offsets[tile_id]) >= 0]
         with self._map_lock:
-            if self._mapping is not None and spans and hasattr(mmap, "MADV_DONTNEED"):
+            if self._mapping is not None and spans and hasattr(self._mapping, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
                 # Pages of other tiles in between come back when they are read.
                 start = min(spans)[0] // mmap.PAGESIZE * mmap.PAGESIZE
                 stop = min(max(spans)[1], len(self._mapping))

@@ -24,7 +24,9 @@ def modules(lines):
     return [row[4:-4] for row in rows[4 : 4 + n]]
 
 
-@pytest.mark.parametrize("hosts", [("192.168.1.20",), ("192.168.1.20", "10.0.0.5", "fd00::1"), ("attic.example", "fd00::1", *(f"10.0.0.{n}" for n in range(6)))])
+@pytest.mark.parametrize(
+    "hosts", [("192.168.1.20",), ("192.168.1.20", "10.0.0.5", "fd00::1"), ("attic.example", "fd00::1", *(f"10.0.0.{n}" for n in range(6)))]
+)
 def test_code_in_the_terminal_is_the_invite_in_capitals(hosts):
     invite = an_invite(*hosts)
     text = invite.encode().upper()

@@ -107,10 +107,10 @@ def test_machine_without_such_a_network_says_so_and_nothing_else_happens():
     notes = []
 
     async def scene():
-        async with announced(ATTIC, "attic", ("10.0.0.5",), 4433, note=notes.append, interfaces=["192.0.2.77"]) as is_settled:
+        async with announced(ATTIC, "attic", ("10.0.0.5",), 4433, note=notes.append, interfaces=["203.0.113.77"]) as is_settled:
             await is_settled.wait()
-        with pytest.raises(NodeError, match="cannot look for other machines on this network: .*; join with an invite instead"):
-            await find(1.0, interfaces=["192.0.2.77"])
+        with pytest.raises(NodeError, match=r"cannot look for other machines on this network: .*; join with an invite instead"):
+            await find(1.0, interfaces=["203.0.113.77"])
 
     asyncio.run(scene())
     assert len(notes) == 1

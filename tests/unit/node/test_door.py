@@ -68,9 +68,7 @@ class House:
         async def welcome(guest: Guest) -> None:
             await self.welcome(guest)
 
-        door = Door(
-            self.identity, self.membership, ("127.0.0.1", port), welcome, lambda node: node in self.connected, note=self.notes.append, clock=self.clock
-        )
+        door = Door(self.identity, self.membership, ("127.0.0.1", port), welcome, lambda node: node in self.connected, note=self.notes.append, clock=self.clock)
         async with door:
             yield door
         for guest in self.guests:
@@ -233,8 +231,7 @@ def test_removal_ends_a_welcome_under_way(house: House, people: dict[str, Identi
             await is_inside.wait()
             assert await refused(knock_with_key(LOCAL, door.port, people["first"].id, people["newcomer"])) is Why.CONNECTED
             door.remove(house.membership.members[0].name)
-            heard = await read_out(stream)
-        return heard
+            return await read_out(stream)
 
     assert run(scene()) == b""
 
@@ -521,6 +518,25 @@ def test_strangers_who_dawdle_lose_their_places_to_whoever_does_not(house: House
             assert await is_welcome(await knock(door.invite(), people["newcomer"]))
             assert door.counts.displaced >= MAX_KNOCKS
             for stream in streams:
+                await hang_up(stream)
+
+    run(scene())
+
+
+@on_linux
+def test_one_address_that_takes_all_places_loses_its_own_and_not_anothers(house: House, people: dict[str, Identity]) -> None:
+    async def scene() -> None:
+        async with house.open() as door:
+            patient = await asyncio.open_connection("127.0.0.1", door.port, ssl=joining_client_context(), local_addr=("127.0.0.2", 0))
+            nonce = (await patient[0].readexactly(1 + NONCE_BYTES))[1:]
+            invite = door.invite()
+            greedy = [await asyncio.open_connection("127.0.0.1", door.port, local_addr=("127.0.0.3", 0)) for _ in range(MAX_KNOCKS + 8)]
+            for stream in greedy[:9]:
+                assert await read_out(stream) == b"", "these made room"
+            assert door.counts.displaced == 9
+            patient[1].write(_Said(people["newcomer"], Kind.SECRET).knock(invite.secret, nonce, people["first"].id))
+            assert await patient[0].readexactly(1) == b"\x06"
+            for stream in (patient, *greedy[9:]):
                 await hang_up(stream)
 
     run(scene())

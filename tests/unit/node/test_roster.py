@@ -83,10 +83,8 @@ def test_removal_refuses_the_key_and_ends_every_invite_that_the_removed_machine_
 def test_removed_machine_comes_back_when_it_is_invited_anew(way):
     roster = invited().admitted_by_secret(applicant(1), SECRET, 0.0)
     roster = roster.without(roster.members[0].name, 1.0)
-    if way == "secret":
-        roster = invited(roster, secret=OTHER).admitted_by_secret(applicant(1), OTHER, 2.0)
-    else:
-        roster = roster.admitted_by_code(applicant(1), 2.0)
+    anew = invited(roster, secret=OTHER)
+    roster = anew.admitted_by_secret(applicant(1), OTHER, 2.0) if way == "secret" else roster.admitted_by_code(applicant(1), 2.0)
     assert (len(roster.members), roster.removed) == (1, ())
     assert roster.admitted_by_key(applicant(1)) == roster
 
