@@ -1,6 +1,5 @@
 """An invite as a QR code in the terminal: two modules to a character, so that it is as high as it is wide."""
 
-import segno
 from rich.text import Text
 
 _QUIET = 4
@@ -14,6 +13,8 @@ def qr_lines(text: str) -> list[str]:
 
     In capital letters, which QR codes hold in fewer modules; an invite may be read so. An invite with one address makes 41 columns and 21 lines.
     """
+    import segno  # here, because it takes 37 ms, and few commands draw
+
     code = segno.make_qr(text.upper(), error="l", boost_error=False)
     rows = [[not module for module in row] for row in code.matrix_iter(border=_QUIET)]
     if len(rows) % 2:

@@ -2,6 +2,8 @@
 
 Whoever is on the network can announce anything: what is found is a hint where to knock, and no more. Who answers there proves its key (`yoke.node.admission`).
 Works without the internet. Does not notice that a machine is gone: an announcement outlives a process that was killed.
+
+`zeroconf` is imported where it is used: that takes 0.1 s, and most commands neither announce nor look.
 """
 
 import asyncio
@@ -9,22 +11,20 @@ import contextlib
 import ipaddress
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-from zeroconf import Error as ZeroconfError
-from zeroconf import InterfaceChoice, ServiceInfo, ServiceStateChange, Zeroconf
-from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
+from typing import TYPE_CHECKING
 
 from yoke.core.errors import NodeError, UserError
 from yoke.core.node import NodeId
 from yoke.net.invite import DOOR_VERSION, MAX_HOSTS, check_place
+
+if TYPE_CHECKING:
+    from zeroconf import ServiceInfo, Zeroconf
 
 SERVICE = "_yoke._tcp.local."
 MAX_FOUND = 32
 MAX_TITLE_CHARS = 40
 FIND_S = 2.0
 """How long a newcomer looks: answers on a bridge came 47 to 168 ms after the question (measured, zeroconf 0.154); Wi-Fi loses some, and the question is repeated."""
-
-_UNREADY = (ZeroconfError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ async def announced(
     An event that is set once the announcement is out, or has failed.
     """
     is_settled = asyncio.Event()
-    task = asyncio.create_task(_announce(_service(node, title, hosts, port), interfaces, note, is_settled))
+    task = asyncio.create_task(_announce((node, title, hosts, port), interfaces, note, is_settled))
     try:
         yield is_settled
     finally:
@@ -81,26 +81,29 @@ async def find(seconds: float = FIND_S, *, wanted: NodeId | None = None, interfa
     NodeError
         if this machine cannot look: it has no network, or none that lets it ask all others.
     """
+    from zeroconf import Error, ServiceStateChange
+    from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo
+
     found: dict[str, Found] = {}
     is_there = asyncio.Event()
     names: asyncio.Queue[str] = asyncio.Queue(maxsize=4 * MAX_FOUND)  # what is announced beyond that is not looked at
 
-    def changed(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
+    def changed(zeroconf: "Zeroconf", service_type: str, name: str, state_change: ServiceStateChange) -> None:
         if state_change is not ServiceStateChange.Removed:
             with contextlib.suppress(asyncio.QueueFull):
                 names.put_nowait(name)
 
-    async def resolve(zeroconf: Zeroconf) -> None:
+    async def resolve(zeroconf: "Zeroconf") -> None:
         """Ask after one name at a time, so that noise costs time and not room."""
         while True:
-            info = AsyncServiceInfo(SERVICE, await names.get())
-            if not await info.async_request(zeroconf, min(seconds, 1.0) * 1000):
-                continue
-            cluster = _read(info)
-            if cluster is not None and (wanted is None or cluster.id == wanted) and len(found) < MAX_FOUND:
-                found[info.name] = cluster
-                if wanted is not None:
-                    is_there.set()
+            name = await names.get()
+            with contextlib.suppress(Error):  # a name that cannot be one
+                info = AsyncServiceInfo(SERVICE, name)
+                cluster = _read(info) if await info.async_request(zeroconf, min(seconds, 1.0) * 1000) else None
+                if cluster is not None and (wanted is None or cluster.id == wanted) and len(found) < MAX_FOUND:
+                    found[name] = cluster
+                    if wanted is not None:
+                        is_there.set()
 
     try:
         async with _zeroconf(interfaces) as zeroconf, AsyncServiceBrowser(zeroconf, SERVICE, handlers=[changed]):
@@ -114,25 +117,32 @@ async def find(seconds: float = FIND_S, *, wanted: NodeId | None = None, interfa
                 for resolver in resolvers:
                     resolver.cancel()
                 await asyncio.gather(*resolvers, return_exceptions=True)
-    except _UNREADY as error:
+    except (Error, OSError, RuntimeError) as error:
         raise NodeError(f"cannot look for other machines on this network: {error}; join with an invite instead") from error
     return tuple(sorted(found.values(), key=lambda cluster: (cluster.title, cluster.id)))
 
 
-async def _announce(service: ServiceInfo, interfaces: Sequence[str] | None, note: Callable[[str], None], is_settled: asyncio.Event) -> None:
+async def _announce(
+    cluster: tuple[NodeId, str, tuple[str, ...], int], interfaces: Sequence[str] | None, note: Callable[[str], None], is_settled: asyncio.Event
+) -> None:
+    from zeroconf import Error
+
     try:
         async with _zeroconf(interfaces) as zeroconf:
-            await (await zeroconf.async_register_service(service, allow_name_change=True))
+            await (await zeroconf.async_register_service(_service(*cluster), allow_name_change=True))
             is_settled.set()
             await asyncio.Event().wait()  # until cancelled; closing then takes the announcement back
-    except _UNREADY as error:
+    except (Error, OSError, RuntimeError) as error:
         note(f"this machine cannot be found by others on its network: {error}; let them join with an invite")
     finally:
         is_settled.set()
 
 
 @contextlib.asynccontextmanager
-async def _zeroconf(interfaces: Sequence[str] | None) -> AsyncIterator[Zeroconf]:
+async def _zeroconf(interfaces: Sequence[str] | None) -> AsyncIterator["Zeroconf"]:
+    from zeroconf import InterfaceChoice
+    from zeroconf.asyncio import AsyncZeroconf
+
     opened = AsyncZeroconf(interfaces=InterfaceChoice.All if interfaces is None else list(interfaces))
     try:
         yield opened.zeroconf
@@ -140,7 +150,9 @@ async def _zeroconf(interfaces: Sequence[str] | None) -> AsyncIterator[Zeroconf]
         await opened.async_close()
 
 
-def _service(node: NodeId, title: str, hosts: tuple[str, ...], port: int) -> ServiceInfo:
+def _service(node: NodeId, title: str, hosts: tuple[str, ...], port: int) -> "ServiceInfo":
+    from zeroconf import ServiceInfo
+
     addresses = []
     for host in hosts:
         with contextlib.suppress(ValueError):
@@ -155,7 +167,7 @@ def _service(node: NodeId, title: str, hosts: tuple[str, ...], port: int) -> Ser
     )
 
 
-def _read(info: ServiceInfo) -> Found | None:
+def _read(info: "ServiceInfo") -> Found | None:
     """What an announcement says, if it can be true."""
     properties = info.properties
     try:

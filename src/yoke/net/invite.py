@@ -5,7 +5,7 @@ import binascii
 import ipaddress
 import re
 import struct
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 
 from yoke.core.errors import UserError
 from yoke.core.node import NodeId
@@ -21,6 +21,7 @@ DOOR_VERSION = 2
 """The version of what is said where an invite leads to (`yoke.node.admission`)."""
 
 _PREFIX = f"yoke{VERSION}-"
+_COMMAND = re.compile(r"\Ayoke\s+join\s+", re.IGNORECASE)
 _ANY_PREFIX = re.compile(r"yoke(\d{1,3})-", re.ASCII)
 # version, public key, port, secret, number of hosts; the hosts follow, then a checksum.
 _FIXED = struct.Struct(f"<B32sH{SECRET_BYTES}sB")
@@ -35,18 +36,15 @@ _MAX_BYTES = _FIXED.size + MAX_HOSTS * (2 + _MAX_NAME_BYTES) + _CHECKSUM.size
 class Invite:
     """An invitation by node ``node_id``, which answers at ``port`` of one of its ``hosts``. ``secret`` is 10 bytes.
 
-    ``hosts`` are names and addresses, at least one; a machine on several networks has several. ``host`` is for whoever has just one.
+    ``hosts`` are names and addresses, at least one; a machine on several networks has several.
     """
 
     node_id: NodeId
-    hosts: tuple[str, ...] = ()
+    hosts: tuple[str, ...]
     port: int
     secret: bytes
-    host: InitVar[str | None] = None
 
-    def __post_init__(self, host: str | None) -> None:
-        if host is not None:
-            object.__setattr__(self, "hosts", (host, *self.hosts))
+    def __post_init__(self) -> None:
         object.__setattr__(self, "hosts", tuple(dict.fromkeys(map(_plain, self.hosts))))
         check_place(self.node_id, self.hosts, self.port)
         if len(self.secret) != SECRET_BYTES:
@@ -59,14 +57,14 @@ class Invite:
 
     @classmethod
     def decode(cls, text: str) -> "Invite":
-        """Read an invite; space around it and capital letters do no harm.
+        """Read an invite; space around it, capital letters, and the ``yoke join`` before it do no harm.
 
         Raises
         ------
         UserError
             if the text is no invite, is incomplete, was mistyped, or is of another version.
         """
-        text = text.strip()
+        text = _COMMAND.sub("", text.strip(), count=1)
         if not text.isascii() or (prefix := _ANY_PREFIX.match(text.lower())) is None:
             raise UserError(f"this is not an invite: an invite starts with {_PREFIX}; copy the whole line that the other machine printed")
         if int(prefix[1]) != VERSION:

@@ -13,9 +13,6 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from spake2 import SPAKE2_A, SPAKE2_B, SPAKEError
-from spake2.ed25519_basic import NotOnCurve
-
 from yoke.core.errors import AdmissionError, RemoteProtocolError, UserError
 from yoke.core.node import NodeId
 
@@ -111,6 +108,8 @@ class Exchange:
     """
 
     def __init__(self, digits: str, newcomer: NodeId, host: NodeId, *, is_host: bool) -> None:
+        from spake2 import SPAKE2_A, SPAKE2_B  # here, because it takes 36 ms, and few commands pair
+
         kind, self._other = (SPAKE2_B, _NEWCOMER) if is_host else (SPAKE2_A, _HOST)
         self._is_host = is_host
         self._side = kind(digits.encode(), idA=newcomer.encode(), idB=host.encode())
@@ -130,6 +129,9 @@ class Exchange:
         RemoteProtocolError
             if the message is none that the protocol could have made.
         """
+        from spake2 import SPAKEError
+        from spake2.ed25519_basic import NotOnCurve
+
         if len(message) != MESSAGE_BYTES:
             raise RemoteProtocolError(f"a pairing message of {len(message)} bytes; expected {MESSAGE_BYTES}")
         try:

@@ -10,10 +10,8 @@ Does not know who may come in (a `Judge` does), how strangers are held off (`yok
 
 import asyncio
 import hashlib
-import hmac
 import secrets
 import struct
-from collections.abc import Container
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -23,7 +21,7 @@ from yoke.core.node import NodeId
 from yoke.net.identity import MAX_CERTIFICATE_BYTES, Identity, certificate_id, joining_client_context, verify
 from yoke.net.invite import DOOR_VERSION, SECRET_BYTES, Invite
 from yoke.net.pairing import CONFIRMATION_BYTES, MESSAGE_BYTES, Code, Exchange, check_confirmation
-from yoke.node.roster import Applicant, Refused, Why, check_certificate
+from yoke.node.roster import Applicant, Refused, Why
 
 NONCE_BYTES = 32
 PAYLOAD_BYTES = 32
@@ -158,53 +156,6 @@ def _check_knock(head: bytes, certificate: bytes, nonce: bytes, host: NodeId, ad
         return Kind(kind), payload, Applicant(id=newcomer, certificate=certificate, host=address)
     except ValueError as error:
         raise Refused(Why.FORGED, f"a knock of kind {kind}; expected {', '.join(f'{known:d}' for known in Kind)}") from error
-
-
-async def admit(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, coordinator: NodeId, secret: bytes, connected: Container[NodeId] = ()
-) -> tuple[NodeId, bytes]:
-    """Hear a knock where there is one secret, good for any number of machines, and nothing is remembered: the newcomer's id and certificate.
-
-    Raises
-    ------
-    AdmissionError
-        if it was not invited, did not finish in `ADMISSION_S` seconds, or is one of the ``connected`` already.
-    """
-    try:
-        async with asyncio.timeout(ADMISSION_S):
-            applicant = await hear((reader, writer), Host(coordinator, b""), _OneSecret(secret, connected))
-    except (TimeoutError, NodeGone) as error:
-        raise AdmissionError(f"the newcomer did not finish its introduction: {error}") from error
-    return applicant.id, applicant.certificate
-
-
-class _OneSecret:
-    """A judge with no memory."""
-
-    def __init__(self, secret: bytes, connected: Container[NodeId]) -> None:
-        self._secret, self._connected = secret, connected
-
-    def is_member(self, node: NodeId) -> bool:
-        return False
-
-    def is_connected(self, node: NodeId) -> bool:
-        return node in self._connected
-
-    def may_guess(self) -> bool:
-        return True
-
-    def admit(self, applicant: Applicant, secret: bytes | None) -> None:
-        if secret is None:
-            raise Refused(Why.UNKNOWN)
-        if not hmac.compare_digest(secret, self._secret):
-            raise Refused(Why.NOT_INVITED, "the invite's secret is wrong")
-        check_certificate(applicant)
-
-    def begin_code(self) -> Code | None:
-        return None
-
-    def admit_by_code(self, applicant: Applicant, code: Code) -> None:
-        raise Refused(Why.NO_CODE)
 
 
 # The newcomer's side

@@ -1,6 +1,7 @@
 """Carries out what the cluster's state decides: asks the planner, gives the workers their orders, and lets the live answers go on when a plan serves."""
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from yoke.weights.manifest import Manifest, manifest_of
 MAX_SUPPLIERS = 16
 """Nodes that one is told to fetch from, beside the coordinator."""
 
+OFFER_S = 30.0
 SPEED_STEPS = 32
 """Steps of one token that a node's speed is taken from."""
 
@@ -68,6 +70,7 @@ class Conduct:
         self._paces: dict[NodeId, _Pace] = {}
         self._manifest: Manifest | None = None
         self._nonce = b""
+        self._offered = asyncio.Event()
         self.known_links: Callable[[], Sequence[Link]] = tuple
         self.served: asyncio.Future[Outlook] = asyncio.get_running_loop().create_future()
         self.outlook: Outlook | None = None
@@ -112,6 +115,8 @@ class Conduct:
     def hear(self, link: WorkerLink, message: say.FromWorker) -> None:
         """What a worker says about plans."""
         match message:
+            case say.Offered():
+                self._offered.set()
             case say.Prepared(version=version):
                 self.handle(to_do.Prepared(version=version, id=link.id))
             case say.Loaded(version=version):
@@ -169,9 +174,8 @@ class Conduct:
         wish, links = replace(self._wish, version=version), tuple(self.known_links())
         try:
             outlook, is_wished = await asyncio.to_thread(_outlook, self._model, nodes, links, wish, is_first=not self.served.done())
-            if len(outlook.bytes_per_node) > 1 and self._manifest is None:
-                file, head_dim, directory = self._model.file, self._model.spec.head_dim, manifests(self._hands.directory)
-                self._manifest = await asyncio.to_thread(manifest_of, file, head_dim, directory)
+            if len(outlook.bytes_per_node) > 1:
+                await self._offer()
         except YokeError as error:
             if not self.served.done():
                 self.served.set_exception(error)
@@ -180,6 +184,17 @@ class Conduct:
         self._outlooks = {version: outlook} | {v: o for v, o in self._outlooks.items() if o is self.outlook}
         moving = 0.0
         self.handle(to_do.PlanMade(version=version, plan=outlook.plan, seconds_per_token=outlook.seconds_per_token, moving_s=moving, is_wished=is_wished))
+
+    async def _offer(self) -> None:
+        """Have the manifest, and the own worker ready to give others their part of the file, before anybody is told to fetch it."""
+        file, head_dim = self._model.file, self._model.spec.head_dim
+        if self._manifest is None:
+            self._manifest = await asyncio.to_thread(manifest_of, file, head_dim, manifests(self._hands.directory))
+        self._offered.clear()
+        self._post(self._own, say.Offer(path=str(self._model.path), head_dim=head_dim))
+        with contextlib.suppress(TimeoutError):  # a worker that says nothing is found out by the state
+            async with asyncio.timeout(OFFER_S):
+                await self._offered.wait()
 
     def _load(self, version: int, plan: Plan) -> None:
         if version not in self._outlooks and self.outlook is not None:  # a plan that the state made of the last one, with a node replaced

@@ -13,6 +13,7 @@ from yoke.core.errors import NodeError, NodeGone, SettingError
 from yoke.core.node import NodeId
 from yoke.net.identity import Identity
 from yoke.net.invite import MAX_HOSTS, Invite
+from yoke.net.pairing import read_code
 from yoke.node.admission import Stream, knock, knock_with_code, knock_with_key
 from yoke.node.membership import Joined, forget, remember, remembered
 from yoke.node.roster import Refused, Why
@@ -47,8 +48,14 @@ def by_invite(invite: Invite, identity: Identity) -> First:
 def by_code(digits: str, hosts: tuple[str, ...], port: int, identity: Identity) -> First:
     """Come in with a code, where somebody was found: see `yoke.node.admission.knock_with_code`.
 
-    The key that is remembered is the one that the code has proved, whatever was announced.
+    ``digits`` may be as a person types them. The key that is remembered is the one that the code has proved, whatever was announced.
+
+    Raises
+    ------
+    UserError
+        if they are not six digits.
     """
+    digits = read_code(digits)
 
     async def first() -> tuple[Place, Stream]:
         node, stream = await knock_with_code(hosts, port, digits, identity)

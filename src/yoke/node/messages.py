@@ -134,6 +134,17 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     suppliers: tuple[NodeId, ...] = ()
 
 
+class Offer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To the worker that has the model's file: let others fetch from it; answered with `Offered`."""
+
+    path: str
+    head_dim: int
+
+
+class Offered(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a worker: others may fetch now."""
+
+
 class StandDown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """To a worker: stop the work of all plans up to this version, at once. What is loaded stays."""
 
@@ -264,8 +275,8 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: ErrorNote
 
 
-ToWorker = Start | Measure | Members | Forget | Load | StandDown | Submit | CancelRequest | Ping | Probe | AskStatus | Release | Refused
-FromWorker = Measuring | Ready | Progress | Prepared | Loaded | LoadFailed | Broken | Status | Accepted | Answer | Pong | Probed | Leaving | Failed
+ToWorker = Start | Measure | Members | Forget | Offer | Load | StandDown | Submit | CancelRequest | Ping | Probe | AskStatus | Release | Refused
+FromWorker = Measuring | Ready | Offered | Progress | Prepared | Loaded | LoadFailed | Broken | Status | Accepted | Answer | Pong | Probed | Leaving | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: "msgspec.msgpack.Decoder[ToWorker]" = msgspec.msgpack.Decoder(ToWorker)

@@ -133,8 +133,6 @@ class Worker:
         if load.model_path is not None:
             file = GgufFile.open(Path(load.model_path))
             source = FileSource(file)
-            if load.manifest:
-                self._supplies.offer(Path(load.model_path), load.plan.spec.head_dim)
         else:
             file = None
             source = self._supplies.bring(load.plan, (load.stage, load.rank), load.manifest, self._suppliers(load), report, duty.stopped)
@@ -159,6 +157,13 @@ class Worker:
             self._control.send(say.Prepared(version=version))
         except YokeError as error:
             self._control.send(say.LoadFailed(version=version, error=error_note(error)))
+
+    def _offer(self, order: say.Offer) -> None:
+        try:
+            self._supplies.offer(Path(order.path), order.head_dim)
+            self._control.send(say.Offered())
+        except YokeError as error:
+            self._control.send(say.Failed(error=error_note(error)))
 
     def _suppliers(self, load: say.Load) -> tuple[Supplier, ...]:
         return tuple(
@@ -232,7 +237,7 @@ class Worker:
             case _:
                 self._follow(order, duty)
 
-    def _follow(self, order: say.Members | say.Forget | say.Load | say.StandDown, duty: Duty | None) -> None:
+    def _follow(self, order: say.Members | say.Forget | say.Offer | say.Load | say.StandDown, duty: Duty | None) -> None:
         """The orders that are about plans and those who carry them out."""
         match order:
             case say.Members(peers=peers):
@@ -241,6 +246,8 @@ class Worker:
             case say.Forget(id=node):
                 if self._peers.pop(node, None) is not None:
                     self._listener.set_members([peer.certificate for peer in self._peers.values()])
+            case say.Offer():
+                self._offer(order)
             case say.Load(use=say.Use.PREPARE):
                 threading.Thread(target=self._prepare, args=(order,), name="yoke-prepare", daemon=True).start()
             case say.Load():

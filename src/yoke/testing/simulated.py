@@ -122,6 +122,7 @@ class SimulatedCluster:
     ----------
     state : the cluster's state; ``commands`` are what it commanded, with the moment, pings left out.
     sessions : all answers that were asked for.
+    nodes : all machines that there are, those that have not joined too.
     n_events : how many events the state has handled.
     """
 
@@ -133,7 +134,7 @@ class SimulatedCluster:
         self.commands: list[tuple[float, m.Command]] = []
         self.n_events = 0
         self._failure: YokeError | None = None
-        self._planner, self._own = planner, nodes[0].id
+        self.nodes, self._planner, self._own = tuple(nodes), planner, nodes[0].id
         self._connected: dict[NodeId, int] = {}
         self.join(self._own)
         self._tick()

@@ -80,9 +80,9 @@ def test_further_addresses_cost_few_characters():
     assert len(replace(EXAMPLE, hosts=("192.168.1.20", "10.0.0.5")).encode()) - len(EXAMPLE.encode()) == 8
 
 
-def test_one_host_may_be_given_by_itself():
-    assert Invite(node_id=EXAMPLE.node_id, host="192.168.1.20", port=4433, secret=EXAMPLE.secret) == EXAMPLE
-    assert replace(EXAMPLE, port=1).hosts == EXAMPLE.hosts
+@pytest.mark.parametrize("line", ["yoke join {}", "  YOKE JOIN {}\n", "yoke   join\t{}"])
+def test_whole_line_that_the_other_machine_printed_is_read_too(line):
+    assert Invite.decode(line.format(EXAMPLE.encode())) == EXAMPLE
 
 
 def forged(version=2, n_hosts=1, hosts=b"\x00\x04host", prefix="yoke2-"):

@@ -15,8 +15,9 @@ from yoke.core.errors import AdmissionError, NodeGone
 from yoke.core.node import NodeId
 from yoke.net.identity import Identity, admission_server_context, joining_client_context
 from yoke.net.invite import SECRET_BYTES, Invite
-from yoke.node.admission import NONCE_BYTES, PAYLOAD_BYTES, Kind, _Said, admit, knock, knock_with_key
-from yoke.node.roster import Refused, Why
+from yoke.net.pairing import Code
+from yoke.node.admission import NONCE_BYTES, PAYLOAD_BYTES, Host, Kind, _Said, hear, knock, knock_with_key
+from yoke.node.roster import Applicant, Refused, Why, check_certificate
 
 KNOCK_BYTES = 1 + 32 + 64 + PAYLOAD_BYTES + 2
 SECRET = bytes(range(SECRET_BYTES))
@@ -59,9 +60,37 @@ async def close(writer: asyncio.StreamWriter) -> None:
         await writer.wait_closed()
 
 
+class OneSecret:
+    """A judge with one secret, good for any number of machines."""
+
+    def is_member(self, node: NodeId) -> bool:
+        return False
+
+    def is_connected(self, node: NodeId) -> bool:
+        return False
+
+    def may_guess(self) -> bool:
+        return True
+
+    def admit(self, applicant: Applicant, secret: bytes | None) -> None:
+        if secret is None:
+            raise Refused(Why.UNKNOWN)
+        if secret != SECRET:
+            raise Refused(Why.NOT_INVITED)
+        check_certificate(applicant)
+
+    def begin_code(self) -> Code | None:
+        return None
+
+    def admit_by_code(self, applicant: Applicant, code: Code) -> None:
+        raise AssertionError
+
+
 def admitting(people: dict[str, Identity]) -> Serve:
+    coordinator = people["coordinator"]
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await admit(reader, writer, people["coordinator"].id, SECRET)
+        await hear((reader, writer), Host(coordinator.id, coordinator.certificate_der), OneSecret())
 
     return serve
 
@@ -85,7 +114,7 @@ def test_newcomer_with_the_invite_is_let_in_and_known_by_its_key(people: dict[st
     coordinator, newcomer, known = people["coordinator"], people["newcomer"], []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        known.append(await admit(reader, writer, coordinator.id, SECRET))
+        known.append(await hear((reader, writer), Host(coordinator.id, coordinator.certificate_der), OneSecret()))
         writer.write(b"welcome")
         await writer.drain()
 
@@ -97,7 +126,7 @@ def test_newcomer_with_the_invite_is_let_in_and_known_by_its_key(people: dict[st
         return heard
 
     assert asyncio.run(scene()) == b"welcome"
-    assert known == [(newcomer.id, newcomer.certificate_der)]
+    assert known == [Applicant(id=newcomer.id, certificate=newcomer.certificate_der, host="127.0.0.1")]
 
 
 def test_wrong_secret_is_refused_to_the_newcomers_face(people: dict[str, Identity]) -> None:
@@ -109,8 +138,8 @@ def test_wrong_secret_is_refused_to_the_newcomers_face(people: dict[str, Identit
         return ends
 
     (end,) = asyncio.run(scene())
-    assert isinstance(end, AdmissionError)
-    assert "secret is wrong" in str(end)
+    assert isinstance(end, Refused)
+    assert end.why is Why.NOT_INVITED
 
 
 def test_newcomer_says_nothing_to_a_man_in_the_middle(people: dict[str, Identity]) -> None:
@@ -227,7 +256,7 @@ def test_visitor_that_hangs_up_is_refused(people: dict[str, Identity]) -> None:
         return ends
 
     (end,) = asyncio.run(scene())
-    assert isinstance(end, AdmissionError)
+    assert isinstance(end, NodeGone)
     assert "did not finish its introduction" in str(end)
 
 
