@@ -129,3 +129,36 @@ def test_other_streams_go_on_while_requests_come_and_go(pool, texts):
             assert pool.complete(prompt, 40) == texts[prompt]
         reader.join(30)
     assert seen[-1] == "[DONE]"
+
+
+def test_a_machine_that_is_asked_to_leave_hands_over_first(yoke, make_yoke, kjv, server_kind):
+    server = yoke.start("serve", kjv, "--port", 0, "--nodes", 2, "--stages", 2, "--cluster-host", "127.0.0.1", kind=server_kind)
+    attic = make_yoke("attic")
+    member = attic.start("join", server.wait_for(r"yoke join (\S+)")[1], "--name", "attic")
+    server.ready()
+    text = server.complete(PROMPTS[0], 40)
+    with server.stream(n=600) as lines:
+        attic.run("leave")
+        assert member.wait(5) == 0
+        assert not any('"error"' in line for line in lines)
+    assert [node["name"] for node in server.status()["nodes"]] != ["attic"]
+    assert server.complete(PROMPTS[0], 40) == text
+    assert "joined no cluster" in attic.run("leave", code=2).err
+    assert server.stop() == 130
+
+
+def test_nodes_are_shown_invited_and_removed(yoke, make_yoke, kjv, server_kind):
+    server = yoke.start("serve", kjv, "--port", 0, "--cluster-host", "127.0.0.1", kind=server_kind).ready()
+    invite = yoke.run("nodes", "invite", "--uses", 1, "--expires", "1h").out.split()[2]
+    member = make_yoke("attic").start("join", invite, "--name", "attic")
+    member.wait_for("joined as attic", stream="err")
+    assert "attic" in yoke.run("nodes").out
+    refused = make_yoke("cellar").run("join", invite, "--name", "cellar", code=3)
+    assert "refused" in refused.err
+    yoke.run("nodes", "remove", "attic")
+    assert member.wait(10) == 3
+    assert "removed" in member.err
+    assert "no machine named" in yoke.run("nodes", "remove", "attic", code=2).err
+    with server.http() as client:
+        assert client.post("/yoke/invites", json={}).status_code == 403
+    assert server.stop() == 130

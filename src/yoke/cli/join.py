@@ -1,5 +1,6 @@
 """``yoke join``: this machine gives its hardware to a cluster."""
 
+import asyncio
 import contextlib
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 from msgspec.structs import replace
 
 from yoke.cli import options
+from yoke.cli.leave import present, until_asked
 from yoke.cli.opening import run_until_signal
 from yoke.cli.render import errors, measured, waiting
 from yoke.core.errors import SettingError
@@ -109,10 +111,11 @@ async def _look(node: NodeId) -> Place | None:
 async def _join(wanted: _Wanted, identity: Identity, start: Start, rejoin_s: float, *, is_shown: bool) -> None:
     way = Way(identity, wanted.directory, await wanted.first(identity), look=_look)
     with contextlib.ExitStack() as stack:
-        measuring = stack.enter_context(measured(is_shown and errors.is_terminal))
+        bar = stack.enter_context(contextlib.ExitStack())
+        measuring = bar.enter_context(measured(is_shown and errors.is_terminal))
 
         def joined(ready: Ready) -> None:
-            stack.close()
+            bar.close()
             if is_shown:
                 errors.print(f"joined as {ready.name} with {ready.device.description} ({ready.device.name}); Ctrl-C leaves", highlight=False)
 
@@ -120,6 +123,16 @@ async def _join(wanted: _Wanted, identity: Identity, start: Start, rejoin_s: flo
             if is_shown:
                 errors.print(f"{why}; trying to come back", highlight=False)
 
-        await serve_member(way, start, Listeners(measuring=measuring, joined=joined, lost=lost), patience_s=rejoin_s)
+        stack.enter_context(present(wanted.directory))
+        member = asyncio.ensure_future(serve_member(way, start, Listeners(measuring=measuring, joined=joined, lost=lost), patience_s=rejoin_s))
+        asked = asyncio.ensure_future(until_asked(wanted.directory))
+        try:
+            await asyncio.wait([member, asked], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+            if not member.done():
+                member.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await member
     if is_shown:
         errors.print("the cluster has let this machine go", highlight=False)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import yoke
-from yoke.cli import bench, chat, convert, doctor, join, nodes, plan, run, serve, status
+from yoke.cli import bench, chat, convert, doctor, join, leave, nodes, plan, run, serve, status
 from yoke.cli.render import errors
 from yoke.core.errors import YokeError
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The computers you own, as one machine for language models.",
 )
-for module in (run, chat, serve, join, nodes, status, plan, doctor, bench, convert):
+for module in (run, chat, serve, join, leave, nodes, status, plan, doctor, bench, convert):
     module.register(app)
 
 
