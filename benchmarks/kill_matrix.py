@@ -1,7 +1,7 @@
-"""What a stream survives: machines are killed, stopped and cut off while a text is written, and every text is compared with the one that nobody disturbed.
+"""What a stream survives: machines are killed and stopped while a text is written, and every text is compared with the one that nobody disturbed.
 
-Each run draws its victims, the way they go and the moment from its seed: any stage or rank, one or two at once; kill -9 of worker or node process, SIGSTOP,
-and (as root on Linux, with --cable) a network cable; while the prompt is read, while tokens are written, and again while the loss of the first is being made good.
+Each run draws its victims, the way they go and the moment from its seed: any stage or rank, one or two at once; kill -9 or SIGSTOP of worker or node process;
+while the prompt is read, while tokens are written, and again while the loss of the first is being made good.
 The server is the same for all runs of a layout; machines that are gone come back before the next run.
 
 usage: python benchmarks/kill_matrix.py [--runs 200] [--seed 1] [--layouts stages,ranks] [--json FILE]
@@ -68,14 +68,17 @@ class House:
         self.port = int(self.read_until(r"at http://[^:]+:(\d+)"))
 
     def start(self, *words: str, state: str) -> subprocess.Popen[str]:
+        """A `yoke` process with a state directory of its own."""
         command = [sys.executable, "-m", "yoke", *words, "--state-dir", str(self.directory / state)]
         with (self.directory / f"{state}.err").open("a") as errors:
             return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=self.environment)
 
     def join(self, name: str) -> subprocess.Popen[str]:
+        """One more machine."""
         return self.start("join", self.invite, "--name", name, "--quiet", state=name)
 
     def read_until(self, pattern: str) -> str:
+        """Wait for a line of the server, and take what it tells."""
         assert self.server.stdout is not None
         for line in self.server.stdout:
             if (found := re.search(pattern, line)) is not None:
@@ -83,6 +86,7 @@ class House:
         raise RuntimeError(f"the server ended: {(self.directory / 'server.err').read_text()[-2000:]}")
 
     def status(self) -> dict[str, object]:
+        """What the server says of itself."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_S)
         connection.request("GET", "/yoke/status")
         return json.loads(connection.getresponse().read())
@@ -110,6 +114,7 @@ class House:
         return found
 
     def end(self) -> None:
+        """End all processes."""
         for process in (*self.members.values(), self.server):
             process.send_signal(signal.SIGCONT)
             process.terminate()
@@ -148,11 +153,13 @@ class Stream:
             self.error = f"the connection failed: {error}"
 
     def wait_for(self, n_tokens: int) -> None:
+        """Wait until so many tokens have come, or the stream has ended."""
         while len(self.texts) < n_tokens and self.thread.is_alive():
             time.sleep(0.001)
 
     @property
     def pause_s(self) -> float:
+        """The longest gap between two tokens, in seconds."""
         return max(after - before for before, after in zip(self.times, self.times[1:], strict=False)) if len(self.times) > 1 else 0.0
 
 
