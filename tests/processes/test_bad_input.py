@@ -21,8 +21,8 @@ from yoke.core.node import Device
 from yoke.net.identity import Identity
 from yoke.net.invite import Invite
 from yoke.node import messages as say
-from yoke.node.notes import ErrorNote
 from yoke.node.admission import knock
+from yoke.node.notes import ErrorNote
 
 pytestmark = pytest.mark.processes
 

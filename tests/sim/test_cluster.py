@@ -258,7 +258,10 @@ def test_a_slow_machine_gets_less_to_do() -> None:
     after = cluster.laws.serving
     assert before is not None
     assert after is not None
-    share = {plan.version: sum(plan.shard_bytes(stage, rank) for stage, rank, shard in plan.places() if shard.node == cluster.nodes[1].id) for plan in (before, after)}
+    share = {
+        plan.version: sum(plan.shard_bytes(stage, rank) for stage, rank, shard in plan.places() if shard.node == cluster.nodes[1].id)
+        for plan in (before, after)
+    }
     assert share[after.version] < 0.6 * share[before.version]
     assert len(when(cluster, m.Serve)) == 2
 

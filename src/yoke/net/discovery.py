@@ -89,6 +89,7 @@ async def find(seconds: float = FIND_S, *, wanted: NodeId | None = None, interfa
     names: asyncio.Queue[str] = asyncio.Queue(maxsize=4 * MAX_FOUND)  # what is announced beyond that is not looked at
 
     def changed(zeroconf: "Zeroconf", service_type: str, name: str, state_change: ServiceStateChange) -> None:
+        """Somebody announces something."""
         if state_change is not ServiceStateChange.Removed:
             with contextlib.suppress(asyncio.QueueFull):
                 names.put_nowait(name)

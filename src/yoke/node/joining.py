@@ -39,6 +39,7 @@ def by_invite(invite: Invite, identity: Identity) -> First:
     """Come in with an invite: see `yoke.node.admission.knock`."""
 
     async def first() -> tuple[Place, Stream]:
+        """Show the secret."""
         stream = await knock(invite, identity)
         return Place(node=invite.node_id, hosts=invite.hosts, port=invite.port), stream
 
@@ -58,6 +59,7 @@ def by_code(digits: str, hosts: tuple[str, ...], port: int, identity: Identity) 
     digits = read_code(digits)
 
     async def first() -> tuple[Place, Stream]:
+        """Prove the code."""
         node, stream = await knock_with_code(hosts, port, digits, identity)
         return Place(node=node, hosts=hosts, port=port), stream
 

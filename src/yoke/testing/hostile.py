@@ -49,9 +49,7 @@ class Attacker:
     wait_s : how long it waits to be answered or hung up on before it goes by itself.
     """
 
-    def __init__(
-        self, target: Target, stranger: Identity, member: Identity | None = None, *, seed: int = 0, sources: int = 1000, wait_s: float = 0.2
-    ) -> None:
+    def __init__(self, target: Target, stranger: Identity, member: Identity | None = None, *, seed: int = 0, sources: int = 1000, wait_s: float = 0.2) -> None:
         self._target, self._stranger, self._sources, self._wait_s = target, stranger, sources, wait_s
         self._random = random.Random(seed)  # noqa: S311 (chance, not secrecy)
         self._silent: deque[socket.socket] = deque()

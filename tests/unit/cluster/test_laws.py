@@ -12,7 +12,6 @@ from yoke.cluster import messages as m
 from yoke.cluster.state import Phase, Policy, State
 from yoke.core.errors import BackendError, InvariantError, NodeGone, PlacementError, YokeError
 from yoke.core.node import Node
-from yoke.core.plan import Plan
 from yoke.planner import grid_plan
 from yoke.testing.laws import Laws
 from yoke.testing.simulated import MB, SPEC, WISH, real_plan, simulated_node
@@ -191,7 +190,9 @@ class Clusters(RuleBasedStateMachine):
 
 
 TestClusters = Clusters.TestCase
-TestClusters.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+TestClusters.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 # The watch itself: a law that is broken is noticed.

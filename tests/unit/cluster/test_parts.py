@@ -1,5 +1,6 @@
 """The parts that a cluster's state is made of: figures, signs of life, failures, places, copies."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -139,7 +140,7 @@ def test_everyone_is_asked_in_turn_and_never_too_many_at_once(n_members: int) ->
         for node in due:
             asked[node].append(tick / 10)
     for times in asked.values():
-        gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         assert min(gaps) >= period_s - 1e-9
         assert max(gaps) <= period_s + max(0.2, 0.1 * period_s) or max(gaps[1:]) <= 2 * period_s, "the first round spreads them"
     assert len(asked[ids[-1]]) > 25

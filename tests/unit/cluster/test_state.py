@@ -274,7 +274,9 @@ def test_a_dead_node_that_has_no_place_is_only_forgotten() -> None:
 def test_a_death_while_nothing_serves_yet_starts_the_planning_over() -> None:
     table = Table(OWN, B, C)
     table.wait(0.5)
-    assert table.do(m.Lost(id=B.id, why="gone")) == [m.MakePlan(version=2, nodes=(OWN, C), reason="node-1 has joined; node-2 has joined; node-3 has joined; gone")]
+    assert table.do(m.Lost(id=B.id, why="gone")) == [
+        m.MakePlan(version=2, nodes=(OWN, C), reason="node-1 has joined; node-2 has joined; node-3 has joined; gone")
+    ]
     late = table.state.late
     assert table.do(m.PlanMade(version=1, plan=pipeline((OWN, B, C), 1), seconds_per_token=0.1, moving_s=0.0)) == []
     assert table.state.late == late + 1
