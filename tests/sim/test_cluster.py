@@ -18,7 +18,7 @@ from yoke.planner import Outlook
 from yoke.testing.boxes import Terms
 from yoke.testing.simulated import MB, SimulatedCluster, real_plan, right_text, simulated_node
 
-N_STORIES = 260
+N_STORIES = 200
 TROUBLE_S = 60.0
 QUIET_S = 1500.0
 """A machine that failed again and again rests for 640 s at most; by then it has been tried once more."""

@@ -9,6 +9,7 @@ import typer
 from yoke.core.errors import RequestError
 from yoke.core.settings import Settings
 from yoke.node.config import read_settings
+from yoke.planner import Goal
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -26,6 +27,19 @@ Backend = Annotated[str | None, typer.Option("--backend", help="What computes: g
 CacheType = Annotated[str | None, typer.Option("--cache-type", help="Numbers in the cache: f16 or f32.", show_default=False)]
 WireType = Annotated[str | None, typer.Option("--wire-type", help="Numbers that ranks exchange: float32, float16 or q8_0.", show_default=False)]
 StateDir = Annotated[str | None, typer.Option("--state-dir", help="Where this node keeps its key.", show_default=False)]
+Cluster = Annotated[
+    Path | None, typer.Option("--cluster", metavar="FILE", help="Plan for the machines in this file instead of measuring this one.", show_default=False)
+]
+Add = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--add", metavar="NAME:...", help="With a further machine, such as 'desktop: 16 GB, 40 GB/s'; may be given several times.", show_default=False
+    ),
+]
+Without = Annotated[list[str] | None, typer.Option("--without", metavar="NAME", help="Without this machine; may be given several times.", show_default=False)]
+For = Annotated[Goal, typer.Option("--for", help="The least time for one stream's tokens, or the most tokens of many streams together.")]
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, max=1 << 24, help="Length of the prompt whose first token is predicted.")]
+Streams = Annotated[int, typer.Option("--streams", min=1, max=1024, help="Sessions at once, for what is predicted of many streams.")]
 ChatTemplate = Annotated[str | None, typer.Option("--chat-template", help="A Jinja file to use instead of the model's own.", show_default=False)]
 
 

@@ -104,7 +104,7 @@ class Roster:
 
     def spares(self, seating: Seating, now: float) -> dict[NodeId, Member]:
         """The members that could be in a plan and are not in this one. Takes O(members)."""
-        return {node: member for node, member in self.members.items() if node not in seating.seats and node != self.own and self._is_fit(node, member, now)}
+        return {node: member for node, member in self.members.items() if node not in seating.seats and self._is_fit(node, member, now)}
 
     def nodes(self, nodes: Iterable[NodeId]) -> dict[NodeId, Node]:
         """The nodes as they are now."""

@@ -21,7 +21,7 @@ from yoke.node.links import WorkerLink
 from yoke.node.model import Model
 from yoke.node.notes import noted_error
 from yoke.node.supplies import manifests
-from yoke.planner import Outlook, Wish, make_plan
+from yoke.planner import Machine, Outlook, Wish, make_plan, moving_s
 from yoke.weights.manifest import Manifest, manifest_of
 
 MAX_SUPPLIERS = 16
@@ -171,7 +171,8 @@ class Conduct:
 
     async def _plan(self, version: int, nodes: tuple[Node, ...], reason: str) -> None:
         """Ask the planner, in a thread of its own: with many machines it takes its time."""
-        wish, links = replace(self._wish, version=version), tuple(self.known_links())
+        served = self.outlook.plan if self.outlook is not None else None
+        wish, links = replace(self._wish, version=version, keep=served), tuple(self.known_links())
         try:
             outlook, is_wished = await asyncio.to_thread(_outlook, self._model, nodes, links, wish, is_first=not self.served.done())
             if len(outlook.bytes_per_node) > 1:
@@ -182,7 +183,7 @@ class Conduct:
             self.handle(to_do.PlanFailed(version=version, error=error))
             return
         self._outlooks = {version: outlook} | {v: o for v, o in self._outlooks.items() if o is self.outlook}
-        moving = 0.0
+        moving = moving_s(served, outlook.plan, Machine.of(nodes, links))
         self.handle(to_do.PlanMade(version=version, plan=outlook.plan, seconds_per_token=outlook.seconds_per_token, moving_s=moving, is_wished=is_wished))
 
     async def _offer(self) -> None:

@@ -1,63 +1,77 @@
 """What a person is told of a plan: a sentence for each node, and what is missing when there is none."""
 
 import math
-from collections.abc import Mapping
 
 from yoke.core.errors import PlacementError
-from yoke.core.node import Node, NodeId
+from yoke.core.node import Node
 from yoke.core.plan import Plan
 from yoke.core.spec import ModelSpec
-from yoke.planner.cost import OVERHEAD_BYTES, Machine, Outlook, Wish, compute_s, needed_bytes, node_bytes
+from yoke.planner.cost import CostModel, Machine, compute_s, needed_bytes
+from yoke.planner.wish import NEAR, Goal, Wish
+
+FULL = 0.95
+"""A node of whose memory more than this is taken is called full."""
 
 
-def outlook(plan: Plan, seconds: float, machine: Machine, wish: Wish, at_least: Mapping[NodeId, float]) -> Outlook:
-    """The plan with its predictions. ``at_least`` is, for each node, the least time per token of the plans tried that it was in."""
-    by_node: dict[NodeId, int] = {}
-    why: dict[NodeId, str] = {}
-    for stage, rank, shard in plan.places():
-        by_node[shard.node] = node_bytes(plan, stage, rank, wish)
-        why[shard.node] = _reason(machine.nodes[shard.node], compute_s(plan, stage, rank, machine), by_node[shard.node])
-    left_out = {
-        node.id: _reason_against(node, plan, wish, seconds, at_least.get(node.id, math.inf)) for node in machine.nodes.values() if node.id not in by_node
-    }
-    return Outlook(plan=plan, seconds_per_token=seconds, bytes_per_node=by_node, why=why, left_out=left_out)
+def amount(n_bytes: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
-def too_little_memory(spec: ModelSpec, wish: Wish, offered: int, n_nodes: int) -> PlacementError:
-    """All nodes together have too little memory; ``offered`` is what they have beyond `OVERHEAD_BYTES` each."""
+def reason(plan: Plan, stage: int, rank: int, machine: Machine, n_bytes: int) -> str:
+    """Why a node is in the plan with this share."""
+    shard = plan.stages[stage].shards[rank]
+    node = machine.nodes[shard.node]
+    speed = f"{node.name} streams {machine.bytes_per_s(shard.node, plan.spec.weight_type) / 1e9:.1f} GB/s"
+    if not (shard.heads or shard.columns or shard.vocabulary):
+        return f"{speed}: it computes nothing, for the others are done sooner without its help, and takes {amount(n_bytes)} of memory"
+    limit = ", all that fits" if n_bytes > FULL * node.device.free_bytes else ""
+    return f"{speed}: it computes {1e3 * compute_s(plan, stage, rank, machine):.1f} ms of each token and takes {amount(n_bytes)} of memory{limit}"
+
+
+def not_wished(node: Node, n_wished: int) -> str:
+    """A node beyond a forced layout."""
+    return f"{node.name} is left out: the wished layout takes {n_wished} nodes, and this is another one"
+
+
+def too_small(node: Node, costs: CostModel) -> str:
+    """A node that cannot hold even an empty share."""
+    memory = amount(node.device.free_bytes)
+    return f"{node.name} is left out: its memory of {memory} is less than the {amount(costs.worker_bytes)} that a worker itself takes"
+
+
+def slower_with(node: Node, plan: Plan, machine: Machine, wish: Wish, values_s: tuple[float, float]) -> str:
+    """A node that would make tokens slower, not enough faster, or has room for nothing; ``values_s`` are with it, at least, and as chosen."""
+    with_s, chosen_s = values_s
+    way_s, _ = machine.way(plan.stages[0].shards[0].node, node.id)
+    speed = machine.bytes_per_s(node.id, plan.spec.weight_type)
+    offer = f"{node.name} is left out: it streams {speed / 1e9:.1f} GB/s and a message to it takes {1e3 * way_s:.2f} ms"
+    each = "a token" if wish.goal is Goal.LATENCY else f"a token of {wish.streams} streams together"
+    if with_s == math.inf:
+        return f"{offer}, but no plan with it that was tried fits into memory"
+    if with_s >= chosen_s:
+        return f"{offer}; with it {each} would take at least {1e3 * with_s:.2f} ms, not {1e3 * chosen_s:.2f} ms"
+    if with_s >= chosen_s / (1 + NEAR):
+        return f"{offer}; with it {each} would take {1e3 * with_s:.2f} ms, not {1e3 * chosen_s:.2f} ms: too little to be worth another machine"
+    return f"{offer}, and no plan with it that was tried is better"
+
+
+def too_little_memory(spec: ModelSpec, wish: Wish, offered: int, n_nodes: int, costs: CostModel) -> PlacementError:
+    """All nodes together have too little memory; ``offered`` is what they have beyond `CostModel.worker_bytes` each."""
     needed = needed_bytes(spec, wish)
-    missing = needed - offered
     return PlacementError(
-        f"{spec.name} needs {needed} bytes for weights and a cache of {wish.n_cells} tokens; {n_nodes} node(s) offer {offered}, what a worker itself takes "
-        f"({OVERHEAD_BYTES} each) not counted: {missing} bytes ({missing / 1e9:.2f} GB) are missing. Add a node, use a smaller model or quantisation, or a "
+        f"{spec.name} needs {amount(needed)} for weights and a cache of {wish.n_cells} tokens; {n_nodes} node(s) offer {amount(offered)}, what a worker itself "
+        f"takes ({amount(costs.worker_bytes)} each) not counted: {amount(needed - offered)} are missing. Add a node, use a smaller model or quantisation, or a "
         "smaller cache (--cells)",
-        missing_bytes=missing,
+        missing_bytes=needed - offered,
     )
 
 
 def no_cut_fits(spec: ModelSpec, wish: Wish, offered: int, n_nodes: int, missing: int) -> PlacementError:
     """There is enough memory in all, but not in the right places; ``missing`` is what the nearest plan lacks."""
-    lacks = f"the nearest one lacks {missing} bytes ({missing / 1e9:.2f} GB). " if missing else ""
+    lacks = f"the nearest one lacks {amount(missing)}. " if missing else ""
     return PlacementError(
-        f"{spec.name} needs {needed_bytes(spec, wish)} bytes for weights and a cache of {wish.n_cells} tokens, and {n_nodes} node(s) offer {offered}, but no cut "
-        f"into whole blocks, heads and columns fits each of them; {lacks}Free memory on the fullest node, wish for another layout, or add a node",
+        f"{spec.name} needs {amount(needed_bytes(spec, wish))} for weights and a cache of {wish.n_cells} tokens, and {n_nodes} node(s) offer {amount(offered)}, but "
+        f"no cut into whole blocks, heads and columns fits each of them; {lacks}Free memory on the fullest node, wish for another layout, or add a node",
         missing_bytes=missing,
     )
-
-
-def _reason(node: Node, compute_seconds: float, n_bytes: int) -> str:
-    speed = f"{node.name} streams {node.device.matvec_bytes_per_s / 1e9:.1f} GB/s"
-    limit = ", all that fits" if n_bytes > 0.95 * node.device.free_bytes else ""
-    return f"{speed}: it computes {1e3 * compute_seconds:.1f} ms of each token and takes {n_bytes / 1e6:.0f} MB of memory{limit}"
-
-
-def _reason_against(node: Node, plan: Plan, wish: Wish, seconds: float, at_least: float) -> str:
-    start = f"{node.name} is left out: "
-    if wish.is_forced:
-        return start + f"the wished layout takes {sum(len(stage.shards) for stage in plan.stages)} nodes, and this is a later one"
-    if node.device.free_bytes <= OVERHEAD_BYTES:
-        return start + f"its memory of {node.device.free_bytes / 1e6:.0f} MB is less than the {OVERHEAD_BYTES / 1e6:.0f} MB that a worker itself takes"
-    speed = f"it streams {node.device.matvec_bytes_per_s / 1e9:.1f} GB/s"
-    if at_least < math.inf:
-        return start + f"{speed}, and with its link a token would take at least {1e3 * at_least:.1f} ms, not {1e3 * seconds:.1f} ms"
-    return start + f"{speed}, and no plan with it that was tried fits into memory"

@@ -1,6 +1,7 @@
 """From a grouping of nodes into stages to a whole plan: blocks by stage, heads, columns and vocabulary by rank. Knows weights, not what they stand for."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +11,7 @@ from yoke.core.node import NodeId
 from yoke.core.plan import Plan, Shard, Span, Stage
 from yoke.core.spec import ModelSpec
 from yoke.planner.shares import cut_columns, cut_evenly, cut_heads, cut_rows
+from yoke.planner.wish import check_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ Layout = tuple[tuple[Seat, ...], ...]
 """Stages of ranks."""
 
 BlockCost = Callable[[int, int, int], float]
-"""What it costs that stage (first argument) holds blocks from (second) to before (third); infinite where it cannot, and then for more blocks neither."""
+"""What it costs that stage (first argument) holds blocks from (second) to before (third); infinite where it cannot."""
 
 
 def grid_plan(
@@ -68,8 +70,8 @@ def check_grid(n_nodes: int, stages: int, ranks: int, shares: Sequence[float] | 
         raise PlacementError(f"{stages} stages of {ranks} ranks; expected at least one of each")
     if n_nodes < stages * ranks:
         raise PlacementError(f"{stages} stages of {ranks} ranks take {stages * ranks} nodes; there are {n_nodes}")
-    if shares is not None and len(shares) != ranks:
-        raise PlacementError(f"{len(shares)} shares are given for {ranks} ranks; expected one each")
+    if shares is not None:
+        check_shares(tuple(shares), ranks)
 
 
 def cut_ranks(spec: ModelSpec, layout: Layout) -> list[tuple[Shard, ...]]:
@@ -80,7 +82,30 @@ def cut_ranks(spec: ModelSpec, layout: Layout) -> list[tuple[Shard, ...]]:
     PlacementError
         if all weights of a stage are 0.
     """
-    return [_shards(spec, seats, index == len(layout) - 1) for index, seats in enumerate(layout)]
+    return [cut_stage(spec, seats, is_last=index == len(layout) - 1) for index, seats in enumerate(layout)]
+
+
+def cut_stage(spec: ModelSpec, seats: Sequence[Seat], *, is_last: bool) -> tuple[Shard, ...]:
+    """What each rank of one stage holds of every block: heads, columns and the rest each in proportion to the seats' weights.
+
+    Raises
+    ------
+    PlacementError
+        if all weights are 0.
+    """
+    weights = [seat.weight for seat in seats]
+    columns = cut_columns(spec.columns, spec.column_block, weights)
+    vocabulary = cut_rows(spec.vocabulary, weights) if is_last else [Span(0, 0)] * len(seats)
+    return shards_of(spec, seats, cut_heads(spec, weights), columns, vocabulary)
+
+
+def shards_of(spec: ModelSpec, seats: Sequence[Seat], heads: Sequence[Span], columns: Sequence[Span], vocabulary: Sequence[Span]) -> tuple[Shard, ...]:
+    """The shards of cuts; experts are in proportion to the seats' weights."""
+    experts = cut_evenly(spec.n_experts, 1, [seat.weight for seat in seats])
+    return tuple(
+        Shard(node=seat.node, device=seat.device, heads=heads[i], columns=columns[i], vocabulary=vocabulary[i], experts=experts[i])
+        for i, seat in enumerate(seats)
+    )
 
 
 def build_plan(spec: ModelSpec, layout: Layout, shards: Sequence[tuple[Shard, ...]], version: int, cost: BlockCost) -> Plan:
@@ -97,39 +122,31 @@ def build_plan(spec: ModelSpec, layout: Layout, shards: Sequence[tuple[Shard, ..
     return Plan(version=version, spec=spec, stages=tuple(Stage(blocks=span, shards=held) for span, held in zip(blocks, shards, strict=True)))
 
 
-def cut_blocks(n_blocks: int, n_stages: int, cost: BlockCost) -> list[Span]:
+def cut_blocks(
+    n_blocks: int, n_stages: int, cost: BlockCost, combine: Callable[[float, float], float] = operator.add, most: Sequence[int] | None = None
+) -> list[Span]:
     """At least one block for each stage, in order, so that the sum of ``cost`` is least: an exact dynamic programme over (stages placed, blocks given away).
+
+    ``combine`` may be ``max`` instead of the sum: then the costliest stage costs least. ``most`` is how many blocks each stage can hold, where that is known.
 
     Raises
     ------
     PlacementError
         if every division costs infinitely much.
     """
+    limits = most if most is not None else (n_blocks,) * n_stages
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
     for stage in range(n_stages):
         still = n_stages - stage - 1  # each stage after this one needs a block
+        after = sum(limits[stage + 1 :])  # and they hold no more than this
         reached: dict[int, tuple[float, tuple[int, ...]]] = {}
         for start, (total, edges) in best.items():
-            for stop in range(start + 1, n_blocks - still + 1) if still else (n_blocks,):
-                own = cost(stage, start, stop)
-                if own == math.inf:
-                    break
-                if stop not in reached or total + own < reached[stop][0]:
-                    reached[stop] = (total + own, (*edges, stop))
+            for stop in range(max(start + 1, n_blocks - after), min(start + limits[stage], n_blocks - still) + 1):
+                whole = combine(total, cost(stage, start, stop))
+                if whole < math.inf and (stop not in reached or whole < reached[stop][0]):
+                    reached[stop] = (whole, (*edges, stop))
         best = reached
     if n_blocks not in best:
         raise PlacementError(f"no division of {n_blocks} blocks into {n_stages} stages fits their memory")
     edges = best[n_blocks][1]
     return [Span(start, stop) for start, stop in pairwise(edges)]
-
-
-def _shards(spec: ModelSpec, seats: Sequence[Seat], is_last: bool) -> tuple[Shard, ...]:
-    weights = [seat.weight for seat in seats]
-    heads = cut_heads(spec, weights)
-    columns = cut_columns(spec.columns, spec.column_block, weights)
-    vocabulary = cut_rows(spec.vocabulary, weights) if is_last else [Span(0, 0)] * len(seats)
-    experts = cut_evenly(spec.n_experts, 1, weights)
-    return tuple(
-        Shard(node=seat.node, device=seat.device, heads=heads[i], columns=columns[i], vocabulary=vocabulary[i], experts=experts[i])
-        for i, seat in enumerate(seats)
-    )

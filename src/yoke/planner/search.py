@@ -1,155 +1,125 @@
-"""Choosing a plan: of the groupings of `planner.groupings`, the one with the least predicted time for a token that fits into memory.
+"""Choosing a plan: the one that is predicted to be best, or one that is nearly as good and moves less.
 
-The first node is the coordinator: the engine runs there, so it is always stage 0, rank 0. Within a stage, shares are in proportion to speed, or as near to that as
-memory allows. Across stages, blocks are in proportion to speed too, unless another division is faster by `BALANCE_MARGIN`.
+The first node is the coordinator: the engine runs there, so it is always stage 0, rank 0. All others are put into an order that does not depend on how they were
+given. Up to `exact.EXACT_NODES` nodes are searched exactly (`planner.exact`), more of them well (`planner.many`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 
 from yoke.core.errors import PlacementError
-from yoke.core.node import Link, Node, NodeId
+from yoke.core.node import Link, Node
 from yoke.core.plan import Plan
 from yoke.core.spec import ModelSpec
-from yoke.planner import explain
-from yoke.planner.cost import HIDDEN_BYTES, Machine, Outlook, Wish, missing_bytes, needed_bytes, seconds_per_token, streamed_bytes, ways_s
-from yoke.planner.forecast import Forecast
-from yoke.planner.groupings import Grouping, forced_grouping, groupings
-from yoke.planner.layout import Layout, Seat, build_plan, cut_ranks
+from yoke.planner import exact, explain, many
+from yoke.planner.cost import COSTS, CostModel, Machine, missing_bytes, needed_bytes
+from yoke.planner.forced import forced_plan
+from yoke.planner.layout import Seat, build_plan, cut_ranks
+from yoke.planner.moving import moved_bytes
+from yoke.planner.outlook import Outlook
+from yoke.planner.report import n_nodes, outlook
+from yoke.planner.wish import NEAR, Goal, Wish
+from yoke.planner.workbench import INFINITE, Candidate, Stages, Workbench, value_s
 
-BALANCE_MARGIN = 0.05
-"""One stream is fastest when the fastest stage holds all that it can, several are when stages take equal time. Measured speeds of one machine differ by as much as
-this from run to run, so less is no reason to leave the balance."""
-
-FILL_LEVELS = (1.0, 0.95, 0.85)
-"""How much of a node's memory proportional shares may fill: whole heads and blocks take more than their proportion, and then need the rest."""
+NEAREST = 200
+"""Groupings among which the one that lacks least is looked for when nothing fits."""
 
 
-def make_plan(spec: ModelSpec, nodes: Sequence[Node], links: Sequence[Link], wish: Wish) -> Outlook:
-    """The plan with the least predicted time per token that fits into memory. The first of ``nodes`` is the coordinator.
+def make_plan(spec: ModelSpec, nodes: Sequence[Node], links: Sequence[Link], wish: Wish, costs: CostModel = COSTS) -> Outlook:
+    """The plan that is best by the wish's goal and fits into memory; of those within `NEAR` of it, the one that moves least, then that of fewest nodes.
 
-    Since the coordinator alone is among the plans tried, the choice is never slower than it by its own prediction, unless ``wish`` forces a layout or all nodes.
+    The first of ``nodes`` is the coordinator. The choice is never slower than the coordinator alone by its own prediction, unless the wish forces a layout or all
+    nodes.
 
     Raises
     ------
     PlacementError
-        if nothing fits, saying how many bytes are missing; or if the wished layout needs more nodes.
+        if nothing fits, saying how much is missing; or if the wished layout is impossible.
     """
     if not nodes or len({node.id for node in nodes}) != len(nodes):
         raise PlacementError(f"a plan is for {len(nodes)} nodes, {len({node.id for node in nodes})} of them different; expected at least one, each once")
-    machine = Machine.of(nodes, links)
-    tried = [forced_grouping(nodes, wish)] if wish.is_forced else groupings(nodes, machine, wish.use_all)
-    best: tuple[float, Plan] | None = None
-    at_least: dict[NodeId, float] = {}  # for each node, the least time of the plans that it is in
-    for grouping in tried:
-        if not _has_room(spec, grouping, machine, wish):
-            continue
-        seconds = _lower_bound_s(spec, grouping, machine)
-        if best is None or seconds < best[0]:
-            plan = _fitting_plan(spec, grouping, machine, wish)
-            if plan is None:
-                continue
-            seconds = seconds_per_token(plan, machine)
-            if best is None or seconds < best[0]:
-                best = (seconds, plan)
-        for node in (node for stage in grouping for node in stage):
-            at_least[node.id] = min(seconds, at_least.get(node.id, seconds))
-    if best is None:
-        raise _nothing_fits(spec, nodes, machine, wish)
-    return explain.outlook(best[1], best[0], machine, wish, at_least)
+    machine = Machine.of(nodes, links, costs)
+    if wish.is_forced:
+        chosen = forced_plan(spec, nodes, machine, wish)
+        return outlook(Workbench(spec, nodes, machine, wish), chosen, [chosen])
+    others = sorted(nodes[1:], key=lambda node: (-machine.bytes_per_s(node.id, spec.weight_type), -node.device.free_bytes, node.id))
+    bench = Workbench(spec, (nodes[0], *others), machine, wish)
+    found = _search(bench)
+    if not found:
+        raise _nothing_fits(bench)
+    return outlook(bench, _choose(bench, found), found)
 
 
-def _has_room(spec: ModelSpec, grouping: Grouping, machine: Machine, wish: Wish) -> bool:
-    return needed_bytes(spec, wish) <= sum(machine.room(node.id) for stage in grouping for node in stage)
+def _search(bench: Workbench) -> list[Candidate]:
+    """Plans that fit, the best one among them."""
+    if not bench.wish.use_all:
+        bench.make(((0,),))
+    many.search(bench)
+    kept = _kept(bench)
+    best_s = min((plan.value_s for plan in [*_made(bench), *kept]), default=INFINITE)
+    if len(bench.nodes) <= exact.EXACT_NODES:
+        best_s = exact.search(bench, best_s)
+    near = [stages for stages, plans in bench.made.items() if plans and plans[0].value_s <= best_s * (1 + NEAR) and len(stages) > 1]
+    return [*_made(bench), *kept, *(bench.make_even(stages) for stages in near)]
 
 
-def _lower_bound_s(spec: ModelSpec, grouping: Grouping, machine: Machine) -> float:
-    """No plan of this grouping takes less: all weights at the speed of the fastest stage, and the way between stages."""
-    fastest = max(sum(node.device.matvec_bytes_per_s for node in stage) for stage in grouping)
-    rounded_off = 3 * sum(len(stage) for stage in grouping)  # bytes: each rank's parts of attention, feed-forward and output matrix are rounded down
-    exchange_s = min(machine.exchange_s([node.id for node in stage], HIDDEN_BYTES * spec.width) for stage in grouping)
-    ways = ways_s([stage[0].id for stage in grouping], spec, machine)
-    return (streamed_bytes(spec) - rounded_off) / fastest + 2 * spec.n_blocks * exchange_s + ways
+def _made(bench: Workbench) -> Iterator[Candidate]:
+    return (plan for plans in bench.made.values() for plan in plans)
 
 
-def _fitting_plan(spec: ModelSpec, grouping: Grouping, machine: Machine, wish: Wish) -> Plan | None:
-    """The plan in proportion to speed if it fits, else the nearest one that does."""
-    for layout in _layouts(spec, grouping, machine, wish):
-        try:
-            return _divided(spec, layout, machine, wish)
-        except PlacementError:
-            continue
-    return None
+def _kept(bench: Workbench) -> list[Candidate]:
+    """The plan that is there already, if it still holds; and as `bench.made`, its stages with who is left, and with one node more."""
+    keep, number = bench.wish.keep, {node.id: index for index, node in enumerate(bench.nodes)}
+    if keep is None or keep.spec != bench.spec or keep.stages[0].shards[0].node != bench.nodes[0].id:
+        return []
+    left = (tuple(sorted(number[shard.node] for shard in stage.shards if shard.node in number)) for stage in keep.stages)
+    many.make_around(bench, tuple(group for group in left if group))
+    used = {shard.node for _, _, shard in keep.places()}
+    if not used <= number.keys() or (bench.wish.use_all and used != number.keys()) or missing_bytes(keep, bench.machine, bench.wish):
+        return []
+    plan = replace(keep, version=bench.wish.version)
+    return [Candidate(value_s(plan, bench.machine, bench.wish), plan)]
 
 
-def _divided(spec: ModelSpec, layout: Layout, machine: Machine, wish: Wish) -> Plan:
-    shards = cut_ranks(spec, layout)
-    forecast = Forecast(spec, shards, layout, machine, wish)
-    even = build_plan(spec, layout, shards, wish.version, forecast.imbalance)
-    if len(layout) == 1 or wish.is_forced or wish.use_all:
-        return even
-    quick = build_plan(spec, layout, shards, wish.version, forecast.seconds)
-    is_worth_it = seconds_per_token(quick, machine) < (1 - BALANCE_MARGIN) * seconds_per_token(even, machine)
-    return quick if is_worth_it else even
+def _choose(bench: Workbench, found: Sequence[Candidate]) -> Candidate:
+    """Of the plans that are as good as the best and no worse than the coordinator alone: the one that moves least, of fewest nodes, best for other streams too."""
+    best_s = min(plan.value_s for plan in found)
+    alone_s = min((plan.value_s for plan in bench.made.get(((0,),), ())), default=INFINITE)
+    limit_s = max(best_s, min(alone_s, best_s * (1 + NEAR)))
+    keep = bench.wish.keep
+    other_goal = replace(bench.wish, goal=Goal.THROUGHPUT if bench.wish.goal is Goal.LATENCY else Goal.LATENCY)
+
+    def preference(candidate: Candidate) -> tuple[int, int, float, float]:
+        plan = candidate.plan
+        moved = sum(moved_bytes(keep, plan).values()) if keep is not None else 0
+        return moved, n_nodes(plan), value_s(plan, bench.machine, other_goal), candidate.value_s
+
+    return min((plan for plan in found if plan.value_s <= limit_s), key=preference)
 
 
-def _layouts(spec: ModelSpec, grouping: Grouping, machine: Machine, wish: Wish) -> Iterator[Layout]:
-    """The grouping with weights: speeds; or speeds, as far as memory allows; at last memory."""
-    speeds = [[machine.speed(node.id) for node in stage] for stage in grouping]
-    if wish.shares is not None:
-        shares = [share / sum(wish.shares) for share in wish.shares]
-        paces = [min(speed / share for speed, share in zip(stage, shares, strict=True) if share > 0) for stage in speeds]
-        yield _seated(grouping, [[pace * share for share in shares] for pace in paces])
-        return
-    yield _seated(grouping, speeds)
-    rooms = [[float(machine.room(node.id)) for node in stage] for stage in grouping]
-    rooms[0][0] = max(0.0, rooms[0][0] - spec.embedding_bytes)
-    needed = float(needed_bytes(spec, wish) - spec.embedding_bytes)
-    for level in FILL_LEVELS:
-        yield _seated(grouping, _filled(speeds, [[room * level for room in stage] for stage in rooms], needed))
-    yield _seated(grouping, rooms)
-
-
-def _filled(speeds: list[list[float]], rooms: list[list[float]], needed: float) -> list[list[float]]:
-    """What each rank takes of ``needed`` bytes: in proportion to its speed, but no more than its room; what that leaves, the others take, in proportion again."""
-    left, speed_left = needed, sum(map(sum, speeds))
-    places = [(room / speed, s, r) for s, stage in enumerate(rooms) for r, (room, speed) in enumerate(zip(stage, speeds[s], strict=True))]
-    weights = [[0.0] * len(stage) for stage in rooms]
-    for _, s, r in sorted(places):  # those that are full first
-        weights[s][r] = min(rooms[s][r], left * speeds[s][r] / speed_left) if speed_left > 0 else rooms[s][r]
-        left -= weights[s][r]
-        speed_left -= speeds[s][r]
-    return weights
-
-
-def _seated(grouping: Grouping, weights: Sequence[Sequence[float]]) -> Layout:
-    return tuple(
-        tuple(Seat(node.id, node.device.name, weight) for node, weight in zip(stage, row, strict=True)) for stage, row in zip(grouping, weights, strict=True)
-    )
-
-
-def _nothing_fits(spec: ModelSpec, nodes: Sequence[Node], machine: Machine, wish: Wish) -> PlacementError:
+def _nothing_fits(bench: Workbench) -> PlacementError:
     """What is missing: memory in all, or in the right places."""
-    tried = [forced_grouping(nodes, wish)] if wish.is_forced else list(groupings(nodes, machine, wish.use_all))
-    used = {node.id: node for grouping in tried for stage in grouping for node in stage}
-    offered = sum(machine.room(node) for node in used)
+    spec, wish, machine = bench.spec, bench.wish, bench.machine
+    offered = sum(max(0, machine.room(node.id)) for node in bench.nodes)
     if needed_bytes(spec, wish) > offered:
-        return explain.too_little_memory(spec, wish, offered, len(used))
-    least: int | None = None
-    for grouping in tried:
-        *_, by_memory = _layouts(spec, grouping, machine, wish)
+        return explain.too_little_memory(spec, wish, offered, len(bench.nodes), machine.costs)
+    least = math.inf
+    for stages in islice(many.suggestions(bench, range(1, len(bench.nodes))), NEAREST):
         try:
-            lacks = missing_bytes(_unlimited(spec, by_memory, wish.version), machine, wish)
+            least = min(least, missing_bytes(_by_memory(bench, stages), machine, wish))
         except PlacementError:
             continue
-        least = lacks if least is None else min(least, lacks)
-    if least is None and wish.is_forced and len(tried[0]) > spec.n_blocks:
-        return PlacementError(f"{len(tried[0])} stages are wished, but {spec.name} has {spec.n_blocks} blocks; a stage holds at least one")
-    return explain.no_cut_fits(spec, wish, offered, len(used), least or 0)
+    return explain.no_cut_fits(spec, wish, offered, len(bench.nodes), int(least) if least < math.inf else 0)
 
 
-def _unlimited(spec: ModelSpec, layout: Layout, version: int) -> Plan:
-    """The plan of a layout with blocks in proportion to its stages' weights, whether it fits or not."""
+def _by_memory(bench: Workbench, stages: Stages) -> Plan:
+    """The plan of these stages in proportion to memory, whether it fits or not."""
+    spec, field = bench.spec, bench.field(1)
+    nodes = bench.nodes
+    layout = tuple(tuple(Seat(nodes[node].id, nodes[node].device.name, max(0.0, field.rooms[node])) for node in group) for group in stages)
     shards = cut_ranks(spec, layout)
     weights = [sum(seat.weight for seat in seats) for seats in layout]
     ideal = [spec.n_blocks * weight / sum(weights) for weight in weights]
-    return build_plan(spec, layout, shards, version, lambda stage, start, stop: (stop - start - ideal[stage]) ** 2)
+    return build_plan(spec, layout, shards, bench.wish.version, lambda stage, start, stop: (stop - start - ideal[stage]) ** 2)

@@ -1,12 +1,14 @@
 """Rates of the devices that are here, in haste: what is asked for comes back, in possible numbers, and what is impossible is named."""
 
+import numpy as np
 import pytest
 
 from yoke.backends.ggml.backend import GgmlBackend
-from yoke.backends.ggml.measuring import BURSTS, turns
+from yoke.backends.ggml.measuring import BURSTS, probe_weights, turns
 from yoke.backends.ops import ATTENTION
 from yoke.backends.reference import ReferenceBackend
 from yoke.core.errors import BackendError
+from yoke.core.tensor import TensorType
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,16 @@ def test_a_rate_is_of_what_was_asked_for(backend, kind):
     assert (rate.weight_type, rate.threads) == (kind, 1)
     assert 1e7 < rate.matvec_bytes_per_s < 1e13
     assert 1e7 < rate.matmul_flop_per_s < 1e15
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TensorType if kind is not TensorType.I32], ids=lambda kind: kind.name)
+def test_weights_to_measure_with_are_finite_and_differ(backend, kind):
+    """Equal weights would stream faster than real ones; infinite ones or none to speak of, at another speed."""
+    (matrix,) = [tensor for tensor in probe_weights(1, kind, ("k",)) if tensor.info.type is kind and len(tensor.info.shape) == 2]
+    values = np.abs(backend.dequantize(matrix))
+    assert np.isfinite(values).all()
+    assert len(np.unique(values)) > 100
+    assert np.median(values) > 1e-20
 
 
 def test_numbers_of_threads_take_turns():

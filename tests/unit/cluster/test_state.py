@@ -207,11 +207,44 @@ def test_the_same_plan_again_moves_nothing() -> None:
     assert table.state.plan == plan
 
 
+def test_what_is_predicted_anew_of_the_plan_that_serves_counts_from_then_on() -> None:
+    table, _ = serving(OWN, B, seconds=0.1)
+    table.made(pipeline((OWN, B), asked_for_newcomer(table, C).version), 0.05)
+    commands = table.made(pipeline((OWN, B, C), asked_for_newcomer(table, D).version), 0.049)
+    assert "49.0 ms instead of 50.0 ms" in why(commands)
+    assert table.state.phase is Phase.SERVING
+
+
+def test_a_layout_that_a_person_wished_for_replaces_another_whatever_it_costs() -> None:
+    table, old = serving(OWN, B, seconds=0.1)
+    asked = asked_for_newcomer(table, C)
+    new = pipeline((OWN, B, C), asked.version)
+    commands = table.do(m.PlanMade(version=new.version, plan=new, seconds_per_token=0.2, moving_s=100.0, is_wished=True))
+    assert [type(command) for command in commands] == [m.Note, m.Prepare]
+    assert "the plan changes" in why(commands)
+    table.all_report(new, m.Prepared)
+    table.all_report(new, m.Loaded)
+    assert table.state.plan == new != old
+    asked = asked_for_newcomer(table, D)
+    same_layout = pipeline((OWN, B, D), asked.version)
+    commands = table.do(m.PlanMade(version=asked.version, plan=same_layout, seconds_per_token=0.2, moving_s=0.0, is_wished=True))
+    assert "the plan stays" in why(commands), "the layout that serves is the wished one already"
+
+
 def test_no_other_plan_fits_and_the_one_that_serves_stays() -> None:
     table, plan = serving(OWN, B)
     asked = asked_for_newcomer(table, C)
     assert "stays" in why(table.do(m.PlanFailed(version=asked.version, error=PlacementError("too little memory"))))
     assert (table.state.phase, table.state.plan) == (Phase.SERVING, plan)
+
+
+def test_a_planner_that_fell_over_is_asked_again_and_one_that_found_nothing_is_not() -> None:
+    for error, is_asked_again in ((NodeError("out of memory"), True), (PlacementError("too little memory"), False)):
+        table = Table(OWN, B)
+        table.wait(0.5)
+        table.do(m.PlanFailed(version=1, error=error))
+        assert only(table.wait(9.9), m.MakePlan) == []
+        assert bool(only(table.wait(0.2), m.MakePlan)) is is_asked_again
 
 
 def test_who_joins_while_a_change_is_under_way_waits_for_its_end() -> None:
@@ -480,6 +513,16 @@ def test_who_leaves_while_its_plan_loads_is_let_go_by_the_next_one() -> None:
     assert the(table.wait(0.1), m.MakePlan).nodes == (OWN,)
 
 
+def test_who_leaves_while_its_plan_loads_is_let_go_when_that_is_given_up() -> None:
+    table = Table(OWN, B, C)
+    table.wait(0.5)
+    table.made(pipeline((OWN, B, C), 1))
+    assert table.do(m.Leaving(id=B.id)) == []
+    commands = table.do(m.LoadFailed(version=1, id=C.id, error=FULL))
+    assert the(commands, m.Release).id == B.id
+    assert the(commands, m.MakePlan).nodes == (OWN,)
+
+
 def test_who_leaves_when_nothing_serves_goes_at_once() -> None:
     table = Table(OWN, B)
     assert table.do(m.Leaving(id=B.id)) == [m.Release(id=B.id)]
@@ -533,6 +576,14 @@ def test_a_newcomer_that_is_not_enough_does_not_make_streams_wait_longer() -> No
     the(table.wait(2), m.FailStreams)
 
 
+def test_streams_do_not_end_while_a_plan_is_being_looked_for() -> None:
+    table, _ = serving(OWN, B)
+    asked = the(table.do(m.Lost(id=B.id, why="node-2 is gone")), m.MakePlan)
+    assert table.wait(70) == []
+    commands = table.do(m.PlanFailed(version=asked.version, error=PlacementError("60 MB are missing")))
+    assert [type(command) for command in commands] == [m.Note, m.FailStreams], "they have waited long enough"
+
+
 def test_patience_begins_anew_with_each_plan_that_served() -> None:
     table = starved()
     table.wait(50)
@@ -571,6 +622,21 @@ def test_a_node_that_cannot_load_is_left_out_for_longer_each_time() -> None:
         table.all_report(plan, m.Prepared)
 
 
+def test_a_node_that_has_served_well_since_it_failed_starts_afresh() -> None:
+    table, _ = loading(OWN, B, C)
+    table.do(m.LoadFailed(version=1, id=B.id, error=FULL))
+    table.serve(OWN, C, seconds=0.1)
+    table.wait(10.1)
+    plan = pipeline((OWN, B, C), table.state._course.version)
+    table.made(plan, 0.05)
+    table.all_report(plan, m.Prepared)
+    table.all_report(plan, m.Loaded)
+    table.wait(10.1)
+    asked = the(table.do(m.Lost(id=C.id, why="node-3 is gone")), m.MakePlan)
+    table.made(pipeline((OWN, B), asked.version))
+    assert "tried again in 10 s" in why(table.do(m.LoadFailed(version=asked.version, id=B.id, error=FULL)))
+
+
 def test_a_coordinator_that_cannot_load_ends_the_streams_and_is_tried_again() -> None:
     table, _ = loading(OWN, B)
     for wait_s in (10, 20):
@@ -604,6 +670,16 @@ def test_a_coordinator_that_cannot_prepare_goes_on_serving_and_lets_the_leavers_
     assert table.state.plan == plan
     assert only(table.wait(9.9), m.MakePlan) == []
     the(table.wait(0.2), m.MakePlan)
+
+
+def test_a_coordinator_that_could_not_prepare_still_answers_a_death_at_once() -> None:
+    table = Table(OWN, B, C)
+    table.wait(0.5)
+    table.serve(OWN, B, C, seconds=0.1)
+    asked = asked_for_newcomer(table, D)
+    table.made(pipeline((OWN, B, C, D), asked.version), 0.05)
+    assert only(table.do(m.LoadFailed(version=asked.version, id=OWN.id, error=FULL)), m.MakePlan) == []
+    assert the(table.do(m.Lost(id=B.id, why="node-2 is gone")), m.MakePlan).nodes == (OWN, C, D)
 
 
 def test_a_load_that_does_not_end_is_the_fault_of_those_who_have_not_reported() -> None:
@@ -779,6 +855,41 @@ def test_a_spare_with_a_copy_that_dies_is_followed_by_another() -> None:
     first = the(table.all_report(plan, m.Loaded), m.Standby)
     other = {D.id: E.id, E.id: D.id}[first.id]
     assert the(table.do(m.Lost(id=first.id, why="gone")), m.Standby).id == other
+
+
+def test_a_spare_that_came_back_empty_is_ordered_to_copy_again() -> None:
+    table = Table(OWN, B, C, policy=REPLICAS)
+    table.wait(0.5)
+    plan = pipeline((OWN, B), 1)
+    table.made(plan)
+    table.all_report(plan, m.Loaded)
+    table.do(m.Loaded(version=1, id=C.id))
+    table.wait(20)
+    asked_for_newcomer(table, D)
+    asked = the(table.do(m.Lost(id=C.id, why="node-3 is gone")), m.MakePlan)
+    table.join(C)
+    assert the(table.made(pipeline((OWN, B), asked.version)), m.Standby).id in ids(C, D)
+    the(table.wait(0.6), m.MakePlan)
+    assert only(table.do(m.Lost(id=B.id, why="node-2 is gone")), m.Load) == [], "nobody holds its place"
+
+
+def test_a_spare_that_began_to_load_another_place_holds_its_copy_no_more() -> None:
+    table = Table(OWN, B, C, policy=REPLICAS)
+    table.wait(0.5)
+    old = pipeline((OWN, B), 1)
+    table.made(old, 0.1)
+    table.all_report(old, m.Loaded)
+    table.do(m.Loaded(version=1, id=C.id))
+    table.wait(20)
+    table.join(D)
+    asked = asked_for_newcomer(table, E)
+    new = pipeline((OWN, C, D, E), asked.version)
+    table.made(new, 0.05)
+    table.all_report(new, m.Prepared)
+    asked = the(table.do(m.Lost(id=D.id, why="node-4 is gone")), m.MakePlan)
+    again = pipeline((OWN, B), asked.version)
+    table.made(again)
+    assert the(table.all_report(again, m.Loaded), m.Standby).id == C.id
 
 
 def test_a_node_that_held_a_place_before_can_take_it_over_again() -> None:

@@ -136,3 +136,52 @@ def test_blocks_are_divided_as_well_as_by_trying_every_division(n_blocks: int, n
             cut_blocks(n_blocks, n_stages, cost)
     else:
         assert sum(cost(stage, *span) for stage, span in enumerate(pairs(cut_blocks(n_blocks, n_stages, cost)))) == pytest.approx(best)
+
+
+def slowest_with(units: Sequence[int], weights: Sequence[float], loads: Sequence[float]) -> float:
+    """When the last rank that got anything is done."""
+    return max(((load + own) / weight for own, weight, load in zip(units, weights, loads, strict=True) if own), default=0.0)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10), st.lists(st.tuples(st.one_of(st.just(0.0), st.floats(0.1, 100)), st.floats(0, 20), st.integers(0, 8)), min_size=1, max_size=4))
+def test_units_go_to_those_who_are_done_first_and_have_room(total: int, ranks: list[tuple[float, float, int]]) -> None:
+    weights, loads, most = ([rank[index] for rank in ranks] for index in range(3))
+    if not any(weights):
+        return
+    room = sum(limit for limit, weight in zip(most, weights, strict=True) if weight)
+    if room < total:
+        with pytest.raises(PlacementError, match="room for"):
+            cut_evenly(total, 1, weights, loads, most)
+        return
+    found = [len(span) for span in cut_evenly(total, 1, weights, loads, most)]
+    assert sum(found) == total
+    assert all(own <= limit for own, limit in zip(found, most, strict=True))
+    assert all(not own for own, weight in zip(found, weights, strict=True) if not weight)
+    allowed = (
+        [stop - start for start, stop in cut]
+        for cut in every_cut(total, len(weights))
+        if all(stop - start <= (limit if weight else 0) for (start, stop), limit, weight in zip(cut, most, weights, strict=True))
+    )
+    best = min(slowest_with(cut, weights, loads) for cut in allowed)
+    assert slowest_with(found, weights, loads) == pytest.approx(best)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 8), st.integers(2, 4), st.data())
+def test_blocks_are_divided_for_the_slowest_stage_too_and_within_limits(n_blocks: int, n_stages: int, data: st.DataObject) -> None:
+    speeds = data.draw(st.lists(st.floats(0.1, 10), min_size=n_stages, max_size=n_stages))
+    most = data.draw(st.lists(st.integers(1, 8), min_size=n_stages, max_size=n_stages))
+
+    def cost(stage: int, start: int, stop: int) -> float:
+        return (stop - start) / speeds[stage]
+
+    divisions = [
+        cut for cut in every_cut(n_blocks, n_stages) if all(start < stop and stop - start <= limit for (start, stop), limit in zip(cut, most, strict=True))
+    ]
+    if not divisions:
+        with pytest.raises(PlacementError):
+            cut_blocks(n_blocks, n_stages, cost, max, most)
+        return
+    best = min(max(cost(stage, *span) for stage, span in enumerate(cut)) for cut in divisions)
+    assert max(cost(stage, *span) for stage, span in enumerate(pairs(cut_blocks(n_blocks, n_stages, cost, max, most)))) == pytest.approx(best)

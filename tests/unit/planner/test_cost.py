@@ -1,0 +1,126 @@
+"""Predictions add up what the rules say, worked out by hand for small cases."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from yoke.core.node import Rate
+from yoke.core.plan import whole_model
+from yoke.planner import COSTS, CostModel, Machine, Wish, first_token_s, grid_plan, seconds_per_token, seconds_per_token_together
+from yoke.planner.cost import Step, compute_s, flop_per_byte, stage_times, step_s, streamed_bytes
+
+BLOCK, HEAD = 124e6, 300e6
+OWN_S = COSTS.engine_s + COSTS.draw_s
+
+
+def test_prediction_adds_what_the_rules_say(world: SimpleNamespace) -> None:
+    spec, nodes = world.spec_of(), [world.node_of(1, 10e9), world.node_of(2, 20e9)]
+    ids = [node.id for node in nodes]
+    links = world.links_of(nodes, 1e-3, 100e6)
+    streamed = 32 * BLOCK + HEAD
+    way = 5e-4 + COSTS.exchange_s
+    hidden_s = 4 * 4096 / 100e6
+    assert seconds_per_token(whole_model(spec, ids[0], "CPU"), Machine.of(nodes, ())) == pytest.approx(streamed / 10e9 + OWN_S)
+    stages = grid_plan(spec, ids, stages=2, ranks=1)
+    expected = 16 * BLOCK / 10e9 + (16 * BLOCK + HEAD) / 20e9 + 2 * (way + COSTS.boundary_s) + hidden_s + 16 / 100e6
+    assert seconds_per_token(stages, Machine.of(nodes, links)) == pytest.approx(expected + OWN_S)
+    ranks = grid_plan(spec, ids, stages=1, ranks=2)
+    spread, exchanges, gathered = way + hidden_s, 64 * (way + hidden_s), way + 8 / 100e6
+    assert seconds_per_token(ranks, Machine.of(nodes, links)) == pytest.approx(streamed / 2 / 10e9 + spread + exchanges + gathered + OWN_S)
+    unmeasured = COSTS.unmeasured_rtt_s / 2 + 1000 / COSTS.unmeasured_bytes_per_s + COSTS.exchange_s
+    assert Machine.of(nodes, ()).transfer_s(*ids, 1000) == pytest.approx(unmeasured)
+
+
+def test_ranks_of_a_later_stage_share_the_senders_connection(world: SimpleNamespace) -> None:
+    nodes = [world.node_of(index) for index in range(1, 5)]
+    machine = Machine.of(nodes, world.links_of(nodes, 1e-3, 100e6))
+    times = stage_times(grid_plan(world.spec_of(), [node.id for node in nodes], stages=2, ranks=2), machine)
+    assert times[1].boundary_s == pytest.approx(5e-4 + COSTS.exchange_s + 2 * 4 * 4096 / 100e6 + COSTS.boundary_s)
+    assert times[0].boundary_s == pytest.approx(5e-4 + COSTS.exchange_s + 4 * 4096 / 100e6)
+
+
+def test_slowest_pair_counts_in_an_exchange(world: SimpleNamespace) -> None:
+    nodes = [world.node_of(index) for index in range(1, 4)]
+    links = [replace(link, rtt_s=0.01) if (link.source, link.target) == (nodes[2].id, nodes[0].id) else link for link in world.links_of(nodes, 1e-3, 100e6)]
+    ids = [node.id for node in nodes]
+    assert Machine.of(nodes, links).exchange_s(ids, 1000) == pytest.approx(5e-3 + COSTS.exchange_s + 2 * 1000 / 100e6)
+    assert Machine.of(nodes, links).exchange_s(ids[:1], 1000) == 0
+
+
+def rates_of(*rows: tuple[str, int, float, float]) -> tuple[Rate, ...]:
+    return tuple(Rate(weight_type=name, threads=threads, matvec_bytes_per_s=speed, matmul_flop_per_s=flop) for name, threads, speed, flop in rows)
+
+
+def test_rate_of_the_models_weights_counts_before_the_headline(world: SimpleNamespace) -> None:
+    rates = rates_of(("Q4_0", 1, 11e9, 1e11), ("Q4_0", 4, 33e9, 3e11), ("F16", 4, 44e9, 4e11))
+    node = world.node_of(1, 22e9, rates=rates, threads=4)
+    machine = Machine.of([node], ())
+    assert machine.bytes_per_s(node.id, "Q4_0") == 33e9
+    assert machine.flop_per_s(node.id, "Q4_0") == 3e11
+    assert machine.bytes_per_s(node.id, "Q8_0") == 22e9
+    assert machine.flop_per_s(node.id, "Q8_0") == 22e9 * COSTS.unmeasured_flop_per_byte
+    spec = world.spec_of(weight_type="F16")
+    assert seconds_per_token(whole_model(spec, node.id, "CPU"), machine) == pytest.approx((32 * BLOCK + HEAD) / 44e9 + OWN_S)
+
+
+def test_rate_for_any_type_counts_where_there_is_none_of_its_own(world: SimpleNamespace) -> None:
+    node = world.node_of(1, 22e9, rates=rates_of(("", 1, 25e9, 5e11), ("Q4_0", 1, 33e9, 3e11)))
+    machine = Machine.of([node], ())
+    assert (machine.bytes_per_s(node.id, "Q8_0"), machine.flop_per_s(node.id, "Q8_0")) == (25e9, 5e11)
+    assert machine.bytes_per_s(node.id, "Q4_0") == 33e9
+
+
+def test_further_tokens_of_a_step_cost_operations(world: SimpleNamespace) -> None:
+    spec = world.spec_of()
+    node = world.node_of(1, 20e9, rates=rates_of(("", 1, 20e9, 4e11)))
+    machine, plan = Machine.of([node], ()), whole_model(spec, node.id, "CPU")
+    n_weights = 32 * (2 * 4096 * 128 * (32 + 8) + 3 * 4096 * 14336) + 4096 * 128256
+    assert flop_per_byte(spec) * streamed_bytes(spec) == pytest.approx(2 * n_weights)
+    one, eight = step_s(plan, machine), step_s(plan, machine, Step(rows=8, outputs=8))
+    assert eight - one == pytest.approx(7 * 2 * n_weights / 4e11 + 7 * COSTS.draw_s)
+    assert seconds_per_token_together(plan, machine, 8) == pytest.approx(eight / 8)
+    assert seconds_per_token_together(plan, machine, 1) == pytest.approx(one)
+
+
+def test_slowest_stage_sets_the_pace_of_many_streams(world: SimpleNamespace) -> None:
+    nodes = [world.node_of(1, 20e9), world.node_of(2, 10e9)]
+    machine = Machine.of(nodes, world.links_of(nodes, 1e-4, 1e9))
+    plan = grid_plan(world.spec_of(), [node.id for node in nodes], stages=2, ranks=1)
+    step = Step(rows=4, outputs=4)
+    slow = stage_times(plan, machine, step)[1].busy_s + 4 * COSTS.draw_s
+    assert 2 * slow > step_s(plan, machine, step), "two batches are under way, and the second stage has no pause"
+    assert seconds_per_token_together(plan, machine, 8) == pytest.approx(2 * slow / 8)
+
+
+def test_first_token_comes_after_all_chunks_have_gone_through_all_stages(world: SimpleNamespace) -> None:
+    spec, rates = world.spec_of(head_bytes=0), rates_of(("", 1, 20e9, 4e11))
+    nodes = [world.node_of(1, rates=rates), world.node_of(2, rates=rates)]
+    machine = Machine.of(nodes, world.links_of(nodes, 0.0, 1e12), replace(COSTS, exchange_s=0.0, boundary_s=0.0, engine_s=0.0, draw_s=0.0))
+    one, two = whole_model(spec, nodes[0].id, "CPU"), grid_plan(spec, [node.id for node in nodes], stages=2, ranks=1)
+    wish = Wish(n_cells=4096, prompt_tokens=1024, chunk=256)
+    alone_s, pipelined_s = first_token_s(one, machine, wish), first_token_s(two, machine, wish)
+    per_token = flop_per_byte(spec) * 32 * BLOCK / 4e11
+    attended = 4 * 128 * 32 * 32 * (1024 * 512) / 4e11
+    assert alone_s == pytest.approx(1020 * per_token + 4 * 32 * BLOCK / 20e9 + attended)
+    assert pipelined_s == pytest.approx(alone_s * 5 / 8, rel=0.05), "five half chunks one after the other, instead of eight"
+    assert first_token_s(one, machine, replace(wish, prompt_tokens=1)) == pytest.approx(32 * BLOCK / 20e9, rel=1e-4)
+
+
+def test_window_bounds_what_a_token_looks_at(world: SimpleNamespace) -> None:
+    node = world.node_of(1)
+    wish = Wish(n_cells=8192, prompt_tokens=8192)
+    whole, windowed = (first_token_s(whole_model(spec, node.id, "CPU"), Machine.of([node], ()), wish) for spec in (world.spec_of(), world.spec_of(window=512)))
+    assert windowed < 0.95 * whole
+
+
+def test_embedding_is_not_streamed(world: SimpleNamespace) -> None:
+    node = world.node_of(1, 10e9)
+    assert compute_s(whole_model(world.spec_of(), node.id, "CPU"), 0, 0, Machine.of([node], ())) == pytest.approx((32 * BLOCK + HEAD) / 10e9)
+
+
+def test_constants_can_be_replaced(world: SimpleNamespace) -> None:
+    nodes = [world.node_of(1), world.node_of(2)]
+    plan = grid_plan(world.spec_of(), [node.id for node in nodes], stages=2, ranks=1)
+    slow = seconds_per_token(plan, Machine.of(nodes, (), CostModel(boundary_s=2e-3)))
+    assert slow - seconds_per_token(plan, Machine.of(nodes, ())) == pytest.approx(2 * (2e-3 - COSTS.boundary_s))
