@@ -70,7 +70,7 @@ def invite(
     errors.print("on each other machine, run:", highlight=False)
     typer.echo(f"yoke join {answer['invite']}")
     if qr:
-        errors.print(qr_text(f"yoke join {answer['invite']}"))
+        errors.print(qr_text(str(answer["invite"])))
 
 
 def remove(context: typer.Context, name: Annotated[str, typer.Argument(metavar="NAME", help="What `yoke nodes` calls it.")]) -> None:

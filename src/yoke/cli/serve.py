@@ -105,7 +105,7 @@ def _invite(cluster: Coordinator, layout: Layout, shown: Shown) -> None:
         errors.print("on each other machine, run (good for a day; `yoke nodes invite` makes others):", highlight=False)
         typer.echo(f"yoke join {invite}")
         if shown.qr:
-            errors.print(qr_text(f"yoke join {invite}"))
+            errors.print(qr_text(invite))
         if shown.code:
             errors.print(f"or on one machine of this network: yoke join, and the code {cluster.door.open_code()}", highlight=False)
         if layout.nodes > layout.local_nodes:

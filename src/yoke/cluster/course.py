@@ -85,7 +85,8 @@ class Course:
             self._begin(self._loss) if heirs is None else self._replace(working, heirs)
         elif change is not None and any(change.involves(node) for node in gone):
             why = "; ".join(gone.values())
-            self._loss = self._trouble = why if self.served is None else self._loss
+            if self.served is None:
+                self._loss = self._trouble = why
             self._drop_change(self.now)
             self._begin(why)
         elif was_standby:

@@ -13,7 +13,7 @@ from yoke.cluster.state import State
 from yoke.core.clock import Clock
 from yoke.core.errors import NodeError, PlacementError, YokeError
 from yoke.core.node import Link, Node, NodeId
-from yoke.core.plan import Plan
+from yoke.core.plan import Plan, Span
 from yoke.net.group import WireType
 from yoke.node import messages as say
 from yoke.node.desk import Desk, Ticket
@@ -198,8 +198,9 @@ class Conduct:
                 await self._offered.wait()
 
     def _load(self, version: int, plan: Plan) -> None:
-        if version not in self._outlooks and self.outlook is not None:  # a plan that the state made of the last one, with a node replaced
-            self._outlooks[version] = replace(self.outlook, plan=plan)
+        if version not in self._outlooks:  # a plan that the state made of another one, with a node replaced
+            known = [*self._outlooks.values(), *([self.outlook] if self.outlook is not None else [])]
+            self._outlooks[version] = replace(next(outlook for outlook in known if _layout(outlook.plan) == _layout(plan)), plan=plan)
         self._nonce = secrets.token_bytes(16)
         self._order_all(plan, say.Use.SERVE)
 
@@ -300,6 +301,11 @@ class _Pace:
             self.usual_s = mean_s
             return None
         return self.planned * self.usual_s / mean_s
+
+
+def _layout(plan: Plan) -> list[tuple[Span, int]]:
+    """Where the stages are cut, and into how many ranks."""
+    return [(stage.blocks, len(stage.shards)) for stage in plan.stages]
 
 
 def _outlook(model: Model, nodes: Sequence[Node], links: Sequence[Link], wish: Wish, *, is_first: bool) -> tuple[Outlook, bool]:
