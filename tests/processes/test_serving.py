@@ -72,6 +72,14 @@ def test_status_shows_every_worker(pool, yoke):
     assert "where the time went" in text
 
 
+def test_status_is_exported_for_the_planner(pool, yoke, kjv):
+    path = yoke.home / "cluster.yaml"
+    yoke.run("status", "--url", pool.url, "--export", path)
+    plan = json.loads(yoke.run("plan", kjv, "--cluster", path, "--json").out)
+    known = {node["name"] for node in pool.status()["nodes"]}
+    assert {shard["node"] for shard in plan["shards"]} | set(plan["left_out"]) == known
+
+
 def test_status_as_json_has_every_documented_field(pool, yoke, repository):
     section = (repository / "docs" / "cli.md").read_text().partition("\n## `yoke status`")[2].partition("\n## ")[0]
     assert set(json.loads(yoke.run("status", "--url", pool.url, "--json").out)) == set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))

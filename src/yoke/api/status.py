@@ -34,6 +34,7 @@ def status_fields(status: ClusterStatus) -> dict[str, object]:
             "free_bytes": node.device.free_bytes,
             "matvec_bytes_per_s": node.device.matvec_bytes_per_s,
             "notes": list(node.notes),
+            "rates": [asdict(rate) for rate in node.device.rates],
         }
         for node in status.nodes
     ]

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,8 @@ from yoke.cli import options
 from yoke.cli.nodes import ApiKey, Url, client
 from yoke.cli.render import output, size
 from yoke.core.errors import NodeError
+from yoke.core.node import Device, Link, Node, NodeId, Rate
+from yoke.node.clusterfile import write_cluster
 
 REFRESH_S = 1.0
 NEWS_SHOWN = 5
@@ -29,6 +32,7 @@ def register(app: typer.Typer) -> None:
 def status(
     as_json: options.Json = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it, until Ctrl-C.")] = False,
+    export: Annotated[Path | None, typer.Option(metavar="FILE", help="Write machines and links as a file for `yoke plan --cluster`.")] = None,
     url: Url = None,
     api_key: ApiKey = None,
     state_dir: options.StateDir = None,
@@ -43,12 +47,38 @@ def status(
         return answer
 
     answer = ask()
-    if as_json:
+    if export is not None:
+        write_cluster(export, *_machines(answer))
+        output.print(f"wrote {export}", highlight=False)
+    elif as_json:
         typer.echo(json.dumps(answer))
     elif not watch:
         output.print(_picture(answer, None))
     else:
         _watch(ask, answer)
+
+
+def _machines(status: dict[str, Any]) -> tuple[list[Node], list[Link]]:
+    """Machines and links as the planner takes them, speeds as the server gives them."""
+    nodes = [
+        Node(
+            id=NodeId(node["id"]),
+            name=node["name"],
+            device=Device(
+                name=node["device"],
+                description=node["description"],
+                backend="",
+                free_bytes=node["free_bytes"],
+                matvec_bytes_per_s=node["matvec_bytes_per_s"],
+                threads=node["threads"],
+                rates=tuple(Rate(**rate) for rate in node["rates"]),
+            ),
+            measured_at=time.time(),
+        )
+        for node in status["nodes"]
+    ]
+    ids = {node.name: node.id for node in nodes}
+    return nodes, [Link(**{**link, "source": ids[link["source"]], "target": ids[link["target"]]}) for link in status["links"]]
 
 
 def _watch(ask: Any, answer: dict[str, Any]) -> None:
