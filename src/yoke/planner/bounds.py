@@ -207,22 +207,22 @@ def slowest_s(vessels: Sequence[Vessel], n_bytes: float, first_s: float, last_s:
     return max(*starts, now + left / rate if left > 0 else now)
 
 
-def slowest_in_blocks_s(times: Sequence[Sequence[float]], n_blocks: int, at_least_s: float) -> float:
+def slowest_in_blocks_s(times: Sequence[Sequence[float]], besides: Sequence[float], n_blocks: int, at_least_s: float) -> float:
     """Least seconds of the slowest stage when ``n_blocks`` whole blocks are given to them, and no less than ``at_least_s``; infinite if they do not hold as many.
 
-    ``times`` are of 1, 2, ... blocks of each stage.
+    ``times`` are of 1, 2, ... blocks of each stage, ``besides`` what each does as well.
     """
     if not all(times):
         return math.inf
-    counts = [bisect_right(row, at_least_s) for row in times]
+    counts = [bisect_right(row, at_least_s - more) for row, more in zip(times, besides, strict=True)]
     slowest = at_least_s
     for _ in range(n_blocks - sum(counts)):
-        following = [(row[count], index) for index, (row, count) in enumerate(zip(times, counts, strict=True)) if count < len(row)]
+        following = [(row[count] + besides[index], index) for index, (row, count) in enumerate(zip(times, counts, strict=True)) if count < len(row)]
         if not following:
             return math.inf
         slowest, index = min(following)
         counts[index] += 1
-    return max(slowest, *(row[0] for row in times))
+    return max(slowest, *(row[0] + more for row, more in zip(times, besides, strict=True)))
 
 
 def _slowness(part: Part) -> float:

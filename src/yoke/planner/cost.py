@@ -14,6 +14,9 @@ from yoke.core.plan import Plan, Shard
 from yoke.core.spec import ModelSpec
 from yoke.planner.wish import Wish
 
+MAX_CHUNKS = 1024
+"""A longer prompt is predicted with so many larger chunks."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
@@ -22,7 +25,7 @@ class CostModel:
     Attributes
     ----------
     exchange_s : what a message costs beyond half of a round trip that was measured between two processes (which has waking up and encryption in it) and its
-        bytes: two ranks on loopback exchange in 50 to 65 us where a round trip takes 70 to 90 us, and in 0.41 ms where it takes 0.70 ms.
+        bytes: two ranks on loopback exchange in 50 to 65 us where a round trip takes 70 to 90 us, and over an emulated 1 Gbit/s in 0.41 ms where it takes 0.70 ms.
     engine_s : choosing and embedding the next step, and handing out its tokens (0.6 ms).
     draw_s : drawing one token from its logits.
     boundary_s : crossing from one stage to the next, or back to the first, beyond the message: the cores there have slept (two stages lose 2.2 ms a token in two
@@ -30,6 +33,8 @@ class CostModel:
     unmeasured_rtt_s, unmeasured_bytes_per_s : taken for links that nobody has measured: wired, 1 Gbit/s, 0.2 ms and twice 0.1 ms for the processes at its ends.
     unmeasured_flop_per_byte : operations a second for each byte a second of a matrix-vector product, where no rate was measured: 8 with one thread, 11 with two
         (prompts of 512 tokens read at 68 and 135 tokens/s by a machine that decodes at 26 and 42 tokens/s).
+    row_costs : below so many tokens in a step, each one after the first takes so many times what it takes among many: kernels for products work on several rows at
+        once (2 sessions on one node write 30.8 tokens/s together, 4 write 41.3, where one writes 29.3 and prompts are read at 68).
     worker_bytes : what a worker takes beyond weights and cache: the interpreter, and buffers for a 512-token step of a 1B model (about 100 MiB).
     disk_bytes_per_s : reading weights where the file lies; a guess for a plain SSD.
     hidden_bytes : an element of the residual stream and of contributions to it (float32).
@@ -43,11 +48,16 @@ class CostModel:
     unmeasured_rtt_s: float = 4e-4
     unmeasured_bytes_per_s: float = 110e6
     unmeasured_flop_per_byte: float = 8.0
+    row_costs: tuple[tuple[float, float], ...] = ((4, 1.8), (32, 1.3))
     worker_bytes: int = 128 * 1024 * 1024
     disk_bytes_per_s: float = 500e6
     hidden_bytes: int = 4
     token_bytes: int = 16
     best_bytes: int = 8
+
+    def row_cost(self, rows: float) -> float:
+        """How much slower operations are when only so many tokens are computed together."""
+        return next((cost for limit, cost in self.row_costs if rows < limit), 1.0)
 
 
 COSTS = CostModel()
@@ -106,7 +116,9 @@ class Machine:
     def s_per_byte(self, node: NodeId, spec: ModelSpec, rows: float) -> float:
         """Seconds for each byte of weights in a step of ``rows`` tokens."""
         first = 1 / self.bytes_per_s(node, spec.weight_type)
-        return first + (rows - 1) * flop_per_byte(spec) / self.flop_per_s(node, spec.weight_type) if rows > 1 else first
+        if rows <= 1:
+            return first
+        return first + (rows - 1) * self.costs.row_cost(rows) * flop_per_byte(spec) / self.flop_per_s(node, spec.weight_type)
 
     def room(self, node: NodeId) -> int:
         """Bytes for weights and cache: what is free, less `CostModel.worker_bytes`; below 0 not even an empty shard fits."""
@@ -197,8 +209,9 @@ def seconds_per_token_together(plan: Plan, machine: Machine, streams: int) -> fl
 def first_token_s(plan: Plan, machine: Machine, wish: Wish) -> float:
     """Predicted seconds from a prompt of ``wish.prompt_tokens`` to its first token: its chunks follow each other through the stages."""
     free_at = [0.0] * len(plan.stages)  # when each stage has done the chunks so far
-    for start in range(0, wish.prompt_tokens, wish.chunk):
-        rows = min(wish.chunk, wish.prompt_tokens - start)
+    chunk = max(wish.chunk, -(-wish.prompt_tokens // MAX_CHUNKS))
+    for start in range(0, wish.prompt_tokens, chunk):
+        rows = min(chunk, wish.prompt_tokens - start)
         seen = min(start + rows / 2, plan.spec.window or math.inf)
         now = free_at[0] + machine.costs.engine_s
         for index, time in enumerate(stage_times(plan, machine, Step(rows=rows, seen=seen))):

@@ -10,6 +10,7 @@ from itertools import accumulate, chain
 
 from yoke.planner.cost import needed_bytes
 from yoke.planner.field import Field, Group
+from yoke.planner.wish import Goal
 from yoke.planner.workbench import INFINITE, Stages, Workbench
 
 GROUP_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -38,6 +39,9 @@ PLANS = 6
 MORE_SEATS = 200
 """Nodes in all plans that are made besides, of small changes to the best one."""
 
+FEW = 16
+"""In plans of so many nodes, each two of them are tried in each other's place."""
+
 NEWCOMERS = 12
 """Nodes outside a plan that are tried in it."""
 
@@ -48,8 +52,13 @@ def search(bench: Workbench) -> None:
     pool = _pool(bench, field)
     judged = {stages: bench.bound_s(stages) for stages in dict.fromkeys(suggestions(bench, pool))}
     starts = sorted((stages for stages, bound_s in judged.items() if bound_s < INFINITE), key=lambda stages: judged[stages])
+    if (
+        bench.wish.goal is Goal.THROUGHPUT
+    ):  # what a step costs depends on how many stages share the streams, so one small change hardly leads from one number to another
+        starts = list({len(stages): stages for stages in reversed(starts)}.values())
+        starts.sort(key=lambda stages: judged[stages])
     effort = _effort(bench)
-    for stages in starts[:STARTS]:
+    for stages in starts[: STARTS if bench.wish.goal is Goal.LATENCY else 2 * STARTS]:
         climb = _Climb(bench, stages, judged[stages], pool, effort)
         effort = climb.run()
         judged.update(climb.found)
@@ -269,13 +278,19 @@ class _Climb:
                 self.found[stages] = bound_s
 
     def _elsewhere(self, node: int) -> Iterator[Stages]:
-        """One node in every other place, and in none."""
-        here = next(index for index, group in enumerate(self._stages) if node in group)
-        rest = tuple(mate for mate in self._stages[here] if mate != node)
-        stages = (*self._stages[:here], *((rest,) if rest else ()), *self._stages[here + 1 :])
+        """One node in every other place, and in none; where there are few nodes, also in exchange for each later one."""
+        now = self._stages  # they may change while these are tried
+        here = next(index for index, group in enumerate(now) if node in group)
+        rest = tuple(mate for mate in now[here] if mate != node)
+        stages = (*now[:here], *((rest,) if rest else ()), *now[here + 1 :])
         if not self._bench.wish.use_all:
             yield stages
         yield from placed(stages, node)
+        everyone = list(chain.from_iterable(now))
+        for other in everyone if len(everyone) <= FEW else ():
+            if other > node and other not in now[here]:
+                changed = {node: other, other: node}
+                yield tuple(tuple(sorted(changed.get(mate, mate) for mate in group)) for group in now)
 
     def _newcomers(self) -> list[int]:
         """The first nodes of each ranking that have no place."""

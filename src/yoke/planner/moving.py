@@ -33,9 +33,9 @@ def moving_s(old: Plan | None, new: Plan, machine: Machine) -> float:
     The coordinator reads its part from its disk (`CostModel.disk_bytes_per_s`); every other node gets its own over its link from the coordinator, all at once, and
     together no faster than the best of those links. What nodes could give each other is not counted, so it may be quicker.
     """
-    moved = moved_bytes(old, new)
+    moved = dict(moved_bytes(old, new))
     coordinator = new.stages[0].shards[0].node
-    own_s = moved.pop(coordinator) / machine.costs.disk_bytes_per_s if isinstance(moved, dict) else 0.0
+    own_s = moved.pop(coordinator) / machine.costs.disk_bytes_per_s
     if not any(moved.values()):
         return own_s
     s_per_byte = {node: machine.way(coordinator, node)[1] for node in moved}

@@ -84,7 +84,10 @@ class Workbench:
         slowest = slowest_s(vessels, left, costs.engine_s, costs.draw_s * rows)
         if slowest < INFINITE:
             times = [bounds.in_blocks(group, index == n_stages - 1) for index, group in enumerate(stages)]
-            slowest = slowest_in_blocks_s(times, self.spec.n_blocks, slowest)
+            besides = [0.0] * n_stages
+            besides[0] += costs.engine_s
+            besides[-1] += costs.draw_s * rows
+            slowest = slowest_in_blocks_s(times, besides, self.spec.n_blocks, slowest)
         return max(one_s, n_batches * slowest) / self.wish.streams
 
     def bound_s(self, stages: Stages) -> float:

@@ -80,6 +80,14 @@ def test_everything_that_a_file_may_say_is_read(file: Path) -> None:
     ]
 
 
+def test_example_in_the_manual_is_a_file(file: Path) -> None:
+    manual = Path(__file__).resolve().parents[3] / "docs" / "planner.md"
+    example = manual.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    cluster = read_cluster(written(file, example))
+    assert [node.name for node in cluster.nodes] == ["laptop", "desktop", "attic"]
+    assert (len(cluster.links), len(cluster.layout or ())) == (3, 2)
+
+
 def test_little_is_enough(file: Path) -> None:
     cluster = read_cluster(written(file, "nodes: [{name: a, memory: 1e9 B, speed: 10 GB/s}]"))
     assert (cluster.nodes[0].device.free_bytes, cluster.links, cluster.layout, cluster.costs) == (10**9, (), None, COSTS)
