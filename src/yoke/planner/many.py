@@ -52,9 +52,8 @@ def search(bench: Workbench) -> None:
     pool = _pool(bench, field)
     judged = {stages: bench.bound_s(stages) for stages in dict.fromkeys(suggestions(bench, pool))}
     starts = sorted((stages for stages, bound_s in judged.items() if bound_s < INFINITE), key=lambda stages: judged[stages])
-    if (
-        bench.wish.goal is Goal.THROUGHPUT
-    ):  # what a step costs depends on how many stages share the streams, so one small change hardly leads from one number to another
+    if bench.wish.goal is Goal.THROUGHPUT:
+        # What a step costs depends on how many stages share the streams: small changes hardly lead from one number of stages to another.
         starts = list({len(stages): stages for stages in reversed(starts)}.values())
         starts.sort(key=lambda stages: judged[stages])
     effort = _effort(bench)
