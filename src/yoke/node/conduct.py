@@ -315,4 +315,4 @@ def _outlook(model: Model, nodes: Sequence[Node], links: Sequence[Link], wish: W
     except PlacementError:
         if is_first or not wish.is_forced:
             raise
-        return make_plan(model.spec, nodes, links, replace(wish, stages=None, ranks=None, shares=None, use_all=False)), False
+        return make_plan(model.spec, nodes, links, replace(wish, stages=None, ranks=None, shares=None, layout=None, use_all=False)), False
