@@ -25,7 +25,8 @@ def cluster(machines, yoke, make_yoke, kjv):
     def ask(path, body=None):
         data = "" if body is None else json.dumps(body)
         asked = machines.run("hall", [sys.executable, "-c", ASK, url + path, data], capture_output=True, timeout=40)
-        return json.loads(asked.stdout) if asked.returncode == 0 else asked.stderr
+        assert asked.returncode == 0, asked.stderr.decode() + server.story()
+        return json.loads(asked.stdout)
 
     return ask, server, members
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from yoke.core.node import Device
+from yoke.core.node import Device, Rate
 from yoke.net.identity import Identity
 from yoke.net.invite import Invite
 from yoke.node import messages as say
@@ -383,7 +383,8 @@ def test_wrong_invites_are_refused_with_a_plain_sentence(make_yoke, waiting, kjv
 
 
 def ready(identity, name="liar"):
-    device = Device(name="CPU", description="none", backend="ggml", free_bytes=10**9, matvec_bytes_per_s=1e9, threads=1)
+    rates = (Rate(weight_type="F32", threads=1, matvec_bytes_per_s=1e9, matmul_flop_per_s=1e10),)  # nothing is left to ask
+    device = Device(name="CPU", description="none", backend="ggml", free_bytes=10**9, matvec_bytes_per_s=1e9, threads=1, rates=rates)
     message = say.Ready(
         id=identity.id, name=name, certificate=identity.certificate_der, port=1, device=device, devices=(device,), backend_version="0", yoke_version="0"
     )
@@ -417,7 +418,7 @@ def test_an_invited_liar_is_dropped_and_nobody_else_notices(liars_server, tmp_pa
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    assert len(asyncio.run(tell())) < 1000
+    assert len(asyncio.run(tell())) < 10_000
     assert server.complete("In the beginning", 8) != ""
     assert "liar" not in [node["name"] for node in server.status()["nodes"]]
     assert "Traceback" not in server.err

@@ -95,6 +95,9 @@ def test_the_text_goes_on(yoke, kjv, text, victims, how, layout):
         node = nodes.get(names[int(place)])
         process = node if kind == "node" else worker_of(yoke, server.pid if node is None else node.pid)
         process.send_signal(getattr(signal, f"SIG{how}"))
+    while stream.thread.is_alive() and time.monotonic() < stream.times[0] + ENDS_S:
+        assert {stage["node"] for stage in server.status()["stages"]} <= set(names)  # and it is answered at any moment
+        time.sleep(0.01)
     assert stream.end() == text
     assert stream.error is None
     assert server.complete(PROMPT, 8)

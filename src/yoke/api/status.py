@@ -39,9 +39,10 @@ def status_fields(status: ClusterStatus) -> dict[str, object]:
         for node in status.nodes
     ]
     stages = []
-    for times in status.stages:
-        blocks = plan.stages[times.stage].blocks if plan is not None else None
-        stages.append({**asdict(times), "blocks": [blocks.start, blocks.stop] if blocks is not None else [0, 0]})
+    if plan is not None:
+        for times in status.stages:
+            blocks = plan.stages[times.stage].blocks
+            stages.append({**asdict(times), "blocks": [blocks.start, blocks.stop]})
     return {
         "model": plan.spec.name if plan is not None else None,
         "plan_version": plan.version if plan is not None else None,

@@ -211,16 +211,18 @@ class Coordinator:
         """Ask every worker how it is; those that do not answer in time are left out."""
         members = list(self._members.values())
         answers = await asyncio.gather(*(self._ask_status(member) for member in members))
-        times: list[StageTimes] = [
-            replace(answer.times, node=member.link.name)
-            for member, answer in zip(members, answers, strict=True)
-            if answer is not None and answer.times is not None
-        ]
         engine = next((a for m, a in zip(members, answers, strict=True) if m.link.id == self._identity.id and a is not None), say.Status())
         conduct = self._conduct
+        plan = conduct.outlook.plan if conduct is not None and conduct.outlook is not None and conduct.is_serving else None
+        places = {(stage, rank, shard.node) for stage, rank, shard in plan.places()} if plan is not None else set()
+        times: list[StageTimes] = [  # without those of a plan that was given up while they came
+            replace(answer.times, node=member.link.name)
+            for member, answer in zip(members, answers, strict=True)
+            if answer is not None and answer.times is not None and (answer.times.stage, answer.times.rank, member.link.id) in places
+        ]
         return ClusterStatus(
             nodes=self.nodes,
-            plan=conduct.outlook.plan if conduct is not None and conduct.outlook is not None and conduct.is_serving else None,
+            plan=plan,
             running=engine.running,
             queued=max(engine.queued, len(self._desk) - engine.running),
             stages=tuple(sorted(times, key=lambda t: (t.stage, t.rank))),
@@ -331,6 +333,8 @@ class Coordinator:
         except YokeError as error:
             why = str(error)
         link.writer.close()
+        if member.status is not None and not member.status.done():  # nobody waits for a word of the dead
+            member.status.set_result(say.Status())
         if self._members.get(link.id) is member and not self._is_ending:
             del self._members[link.id]
             del self._links[link.id]

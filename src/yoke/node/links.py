@@ -15,6 +15,8 @@ from yoke.node.profile import Tell, silent
 
 PIPE_BYTES = 1 << 20
 END_S = 2.0
+SILENCE_S = 30.0
+"""How long a worker that introduces itself may say nothing. One that measures says how far it is."""
 
 
 class WorkerProcess:
@@ -102,12 +104,16 @@ async def introduce(bodies: say.Bodies, writer: asyncio.StreamWriter, start: say
         what the worker says, if it cannot start.
     NodeGone
         if it ends instead, or says something else.
+    TimeoutError
+        if it says nothing for `SILENCE_S`.
     """
     if start is not None:
         writer.write(say.encode(start))
         await writer.drain()
     while True:
-        match say.decode_from_worker(await bodies.next()):
+        async with asyncio.timeout(SILENCE_S):
+            body = await bodies.next()
+        match say.decode_from_worker(body):
             case say.Measuring(what=what, share=share):
                 tell(what, share)
             case say.Ready() as ready:

@@ -27,8 +27,8 @@ class Surveyor:
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """What was measured."""
-        return self._survey.links
+        """What was measured between those that are there."""
+        return tuple(link for link in self._survey.links if link.source in self._links and link.target in self._links)
 
     def hear(self, found: say.Probed) -> None:
         """A worker has measured."""
