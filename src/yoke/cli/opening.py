@@ -55,7 +55,7 @@ async def loaded_cluster(
             spinner.close()
             with loading(is_terminal) as report:
                 coordinator.tell.progress = report
-                outlook = await coordinator.load(model, wish_of(settings, layout, cells), options)
+                outlook = await coordinator.load(model, wish_of(settings, layout, cells), options, layout.by_hand)
             if is_shown and len(outlook.bytes_per_node) > 1:
                 errors.print(plan_table(outlook, {node.id: node for node in coordinator.nodes}))
             for sentence in outlook.left_out.values() if is_shown else ():

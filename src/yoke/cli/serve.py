@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +16,10 @@ from yoke.cli.opening import loaded_cluster, run_until_signal
 from yoke.cli.qr import qr_text
 from yoke.cli.render import errors
 from yoke.cli.server import ADMIN_KEY_BYTES, left_word
+from yoke.core.errors import SettingError
 from yoke.core.settings import Settings
 from yoke.net.discovery import announced
+from yoke.node.clusterfile import ClusterFile, read_cluster
 from yoke.node.config import machine_name, state_directory
 from yoke.node.coordinator import Coordinator
 from yoke.node.local import Layout
@@ -48,6 +50,9 @@ def serve(
     alone: Annotated[bool, typer.Option("--alone", help="Let no other machine join.")] = False,
     qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code too.")] = False,
     code: Annotated[bool, typer.Option("--code", help="Show six digits for one machine on the same network: it runs `yoke join` alone.")] = False,
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", metavar="FILE", help="Serve by the plan by hand in this file.", show_default=False)
+    ] = None,
     nodes: options.Nodes = 1,
     local_nodes: options.LocalNodes = 1,
     stages: options.Stages = None,
@@ -71,9 +76,30 @@ def serve(
         threads=threads, device=device, cache_type=cache_type, wire_type=wire_type, chat_template=chat_template, replicas=replicas,
         patience_s=patience_s, state_dir=state_dir,
     )  # fmt: skip
+    by_hand = _by_hand(cluster) if cluster is not None else None
+    if by_hand is not None:
+        if stages is not None or ranks is not None or shares is not None or local_nodes > 1:
+            raise typer.BadParameter("--cluster has the plan by hand; --stages, --ranks, --shares and --local-nodes make another: give one or the other")
+        nodes = max(nodes, by_hand.n_planned)
+        settings = replace(settings, cluster_host=settings.cluster_host or by_hand.addresses.get(by_hand.nodes[0].id, ""))
     is_open = not alone or nodes > local_nodes
-    layout = Layout(local_nodes=local_nodes, nodes=nodes, is_open=is_open, stages=stages, ranks=ranks, shares=options.share_numbers(shares))
+    grid = options.share_numbers(shares)
+    layout = Layout(local_nodes=local_nodes, nodes=nodes, is_open=is_open, stages=stages, ranks=ranks, shares=grid, by_hand=by_hand)
     run_until_signal(_serve(model, settings, layout, Shown(qr=qr, code=code)))
+
+
+def _by_hand(path: Path) -> ClusterFile:
+    """A file with a plan.
+
+    Raises
+    ------
+    SettingError
+        if it has none.
+    """
+    found = read_cluster(path)
+    if found.layout is None:
+        raise SettingError(f"{path} has no plan by hand; add one under `plan:` (docs/planner.md), or leave --cluster away: machines that join are measured")
+    return found
 
 
 async def _serve(path: Path, settings: Settings, layout: Layout, shown: Shown) -> None:

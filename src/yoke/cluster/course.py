@@ -11,7 +11,7 @@ from typing import assert_never
 from yoke.cluster import messages as m
 from yoke.cluster.change import Agenda, Blame, Change, Step
 from yoke.cluster.members import Roster
-from yoke.cluster.places import COORDINATORS, Seating
+from yoke.cluster.places import Seating
 from yoke.cluster.policy import Policy
 from yoke.cluster.standbys import Standbys, successors
 from yoke.core.errors import InvariantError, NodeError, NodeGone, PlacementError, YokeError
@@ -115,7 +115,7 @@ class Course:
             return
         change.waiting.discard(node)
         if not change.waiting and change.blame is not None:
-            self._end_call(change.blame)
+            self._end_call(change.blame, change.seating)
 
     def planned(self, answer: m.PlanMade | m.PlanFailed) -> None:
         """The planner has answered.
@@ -123,7 +123,7 @@ class Course:
         Raises
         ------
         InvariantError
-            if the plan is of another version, of nodes that it was not asked for, or does not begin with the coordinator.
+            if the plan is of another version, or of nodes that it was not asked for.
         """
         change = self.change
         if change is None or not change.expects(answer.version, Step.PLANNING):
@@ -134,8 +134,8 @@ class Course:
             return
         plan = answer.plan
         seating = Seating.of(plan, answer.seconds_per_token, change.nodes)
-        if plan.version != answer.version or seating.seats.get(self.roster.own or NodeId("")) != COORDINATORS:
-            raise InvariantError(f"plan {plan.version} came as the answer to {answer.version}; expected that version, and the coordinator at stage 0, rank 0")
+        if plan.version != answer.version:
+            raise InvariantError(f"plan {plan.version} came as the answer to {answer.version}; expected that version")
         if self.served is None:
             self._load(seating, change.reasons)
         else:
@@ -165,7 +165,8 @@ class Course:
         """Time has passed: what is overdue has failed, and who has rested may be tried again."""
         change = self.change
         if change is not None and self.now >= change.deadline_s:
-            late = change.waiting - {self.roster.own} or change.waiting  # without the others the coordinator cannot be ready either
+            engine = {change.seating.engine} if change.seating is not None else set()
+            late = change.waiting - engine or change.waiting  # without the others the engine cannot be ready either
             deed = "fetched its part" if change.step is Step.PREPARING else "loaded its part"
             names = self.roster.names(sorted(late))
             self._blame(late, NodeError(f"{names} has not {deed} of plan {change.version} within {self.policy.load_s:g} s; look at its disk and its network"))
@@ -348,12 +349,12 @@ class Course:
         self.change = Change(broken.plan.version, Step.CALLING, (), {}, broken, set(there), blame=blame)
         self.out.extend(m.Ping(id=node) for node in there)
 
-    def _end_call(self, blame: Blame) -> None:
+    def _end_call(self, blame: Blame, broken: Seating | None) -> None:
         """All are there: so it is the link between two of them, or the one that spoke up."""
         self.change = None
         if blame.error is not None:
-            others = blame.unloaded - {self.roster.own}
-            self._blame(others if blame.node == self.roster.own and others else {blame.node}, blame.error)
+            is_engine = broken is not None and blame.node == broken.engine  # which is the last to be ready
+            self._blame(blame.unloaded if is_engine and blame.unloaded else {blame.node}, blame.error)
             return
         if blame.is_early:
             self.roster.trials.stumbled(blame.node, self.now)

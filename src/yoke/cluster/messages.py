@@ -15,7 +15,7 @@ TICK_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """A member introduced itself; its worker is empty. May be a rejoin. The coordinator's node is the first of every plan."""
+    """A member introduced itself; its worker is empty. May be a rejoin. The coordinator has the model's file: without its worker nothing is planned."""
 
     node: Node
     is_coordinator: bool = False

@@ -10,8 +10,8 @@ from yoke.core.plan import Plan, Span
 from yoke.core.spec import ModelSpec
 from yoke.planner import Machine, seconds_per_token
 
-COORDINATORS = (0, 0)
-"""Stage and rank of the engine; nobody can stand in for the node that has the model's file."""
+ENGINES = (0, 0)
+"""Stage and rank of the engine, in whose place no copy is kept."""
 
 Seat = tuple[int, int]
 """Stage and rank."""
@@ -73,6 +73,11 @@ class Seating:
         if strangers := seats.keys() - nodes.keys():
             raise InvariantError(f"plan {plan.version} places a shard on {min(strangers)[:12]}, which is not among the nodes that it was to be made of")
         return cls(plan, seconds_per_token, {node: nodes[node] for node in seats}, seats)
+
+    @property
+    def engine(self) -> NodeId:
+        """The node where the engine runs."""
+        return self.plan.stages[0].shards[0].node
 
     def place(self, node: NodeId) -> Place:
         """The place that ``node`` has."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from yoke.cluster.members import Member
-from yoke.cluster.places import COORDINATORS, Place, Seat, Seating
+from yoke.cluster.places import ENGINES, Place, Seat, Seating
 from yoke.core.node import NodeId
 from yoke.core.plan import Plan
 from yoke.planner import Wish
@@ -62,7 +62,7 @@ class Standbys:
         it; else the fastest one with room for it is chosen. Takes O(places x spares) at most.
         """
         plan = served.plan
-        seats = {Place.of(plan, seat): seat for seat in served.seats.values() if seat != COORDINATORS}
+        seats = {Place.of(plan, seat): seat for seat in served.seats.values() if seat != ENGINES}
         for node, standing in list(self._by_id.items()):
             if node not in spares or standing.place not in seats:
                 del self._by_id[node]
@@ -95,7 +95,7 @@ def successors(seating: Seating, dead: Iterable[NodeId], spares: Mapping[NodeId,
     for node in dead:
         if node not in seating.seats:
             continue
-        if seating.seats[node] == COORDINATORS:
+        if seating.seats[node] == ENGINES:
             return None
         place = seating.place(node)
         able = [spare for spare, member in spares.items() if member.holds == place and spare not in chosen.values()]

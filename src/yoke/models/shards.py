@@ -14,6 +14,10 @@ class Cut:
     columns: tuple[int, int] | None = None
 
 
+EMBEDDING = "token_embd.weight"
+"""Where tokens' first hidden states are looked up, by the engine."""
+
+
 def shard_cuts(plan: Plan, stage_index: int, rank: int) -> tuple[Cut, ...]:
     """The slices that one rank of one stage loads, block by block. The token embedding is not among them: it is looked up where the text enters."""
     spec, stage = plan.spec, plan.stages[stage_index]
@@ -39,7 +43,7 @@ def shard_cuts(plan: Plan, stage_index: int, rank: int) -> tuple[Cut, ...]:
             cuts += [Cut(name=prefix + "ffn_up.weight", rows=columns), Cut(name=prefix + "ffn_down.weight", columns=columns)]
     if shard.vocabulary:
         cuts.append(Cut(name="output_norm.weight"))
-        cuts.append(Cut(name="token_embd.weight" if spec.tied else "output.weight", rows=_range(shard.vocabulary)))
+        cuts.append(Cut(name=EMBEDDING if spec.tied else "output.weight", rows=_range(shard.vocabulary)))
     return tuple(cuts)
 
 

@@ -1,4 +1,4 @@
-"""Pieces of a model over a channel: manifests, who has what, and tiles. Requests go one way, answers the other, in the order of the requests.
+"""Pieces of a model over a channel: manifests, headers, who has what, and tiles. Requests go one way, answers the other, in the order of the requests.
 
 Knows digests, tile numbers and bytes; does not know what a tile is, or whether it is right. Follows a hello of purpose ``weights``. Everything announced is
 held against a bound before room for it is made. The format is written down in docs/protocol.md.
@@ -37,6 +37,8 @@ class Want(IntEnum):
     """Which of its tiles the server has."""
     TILES = 3
     """These tiles."""
+    HEADER = 4
+    """The header of the model's file."""
 
 
 _WANTS = {int(want): want for want in Want}
@@ -123,8 +125,8 @@ def read_answer_head(data: Buffer, expected: int, n_bytes: int, *, is_exact: boo
 # The client's side.
 
 
-def ask_manifest(channel: Channel, model: bytes, most_bytes: int) -> bytes | None:
-    """The manifest of a model, unchecked; None if the server has not this model. Room is made as it comes.
+def ask_whole(channel: Channel, want: Want, model: bytes, most_bytes: int) -> bytes | None:
+    """A model's manifest, or its file's header, unchecked; None if the server has it not. Room is made as it comes.
 
     Raises
     ------
@@ -133,8 +135,8 @@ def ask_manifest(channel: Channel, model: bytes, most_bytes: int) -> bytes | Non
     RemoteProtocolError
         if what came is no answer, or longer than ``most_bytes``.
     """
-    channel.send(encode_request(Request(want=Want.MANIFEST, model=model)))
-    left = read_answer_head(_receive(channel, ANSWER_BYTES), Want.MANIFEST, most_bytes, is_exact=False)
+    channel.send(encode_request(Request(want=want, model=model)))
+    left = read_answer_head(_receive(channel, ANSWER_BYTES), want, most_bytes, is_exact=False)
     if not left:
         return None
     data = bytearray()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from yoke.core.errors import SettingError, UserError
+from yoke.core.errors import PlacementError, SettingError, UserError
 from yoke.core.node import Device, Link, Node, NodeId, Rate
 from yoke.node.entries import Entry, read_entries
 from yoke.node.quantities import BITS_PER_S, BYTES, BYTES_PER_S, FLOP_PER_S, SECONDS, THREADS, Quantity, fits, read_quantity, write_bytes, write_quantity
@@ -34,6 +34,33 @@ class ClusterFile:
     layout: tuple[StageWish, ...] | None = None
     addresses: Mapping[NodeId, str] = field(default_factory=dict)
     costs: CostModel = COSTS
+
+    @property
+    def n_planned(self) -> int:
+        """How many machines the plan by hand needs, the coordinator counted; 1 without one."""
+        return len({self.nodes[0].id, *(node for stage in self.layout or () for node in stage.nodes)})
+
+    def layout_over(self, nodes: Sequence[Node]) -> tuple[StageWish, ...] | None:
+        """The plan by hand for real machines, the coordinator first. Each is the one with the id, or else the name, that the file gives.
+
+        Raises
+        ------
+        PlacementError
+            if one is not there.
+        """
+        if self.layout is None:
+            return None
+        there = {node.name: node.id for node in nodes}
+        real = {listed.id: listed.id if listed.id in there.values() else there.get(listed.name) for listed in self.nodes} | {self.nodes[0].id: nodes[0].id}
+        names = {listed.id: listed.name for listed in self.nodes}
+        stages = []
+        for stage in self.layout:
+            found = tuple(node for node in map(real.get, stage.nodes) if node is not None)
+            if len(found) < len(stage.nodes):
+                missing = next(names[node] for node in stage.nodes if real.get(node) is None)
+                raise PlacementError(f"the plan by hand needs {missing}, which is not there; there are {', '.join(there)}")
+            stages.append(replace(stage, nodes=found))
+        return tuple(stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,12 @@ from yoke.backends.ops import CacheType
 from yoke.cluster import messages as to_do
 from yoke.cluster.state import State
 from yoke.core.clock import Clock
-from yoke.core.errors import NodeError, PlacementError, YokeError
+from yoke.core.errors import NodeError, PlacementError, RemoteProtocolError, YokeError
 from yoke.core.node import Link, Node, NodeId
 from yoke.core.plan import Plan, Span
 from yoke.net.group import WireType
 from yoke.node import messages as say
+from yoke.node.clusterfile import ClusterFile
 from yoke.node.desk import Desk, Ticket
 from yoke.node.links import WorkerLink
 from yoke.node.model import Model
@@ -49,7 +50,7 @@ class LoadSettings:
 class Hands:
     """What a conduct can do to the world: speak to workers, end a connection, start a task, tell a person.
 
-    ``own`` is the coordinator's node, where the model's file is and the engine runs; ``directory`` is where that node keeps what it has found out.
+    ``own`` is the coordinator's node, where the model's file is; ``directory`` is where that node keeps what it has found out.
     """
 
     own: NodeId
@@ -68,9 +69,11 @@ class Conduct:
         self._own, self._state, self._desk, self._hands, self._clock = hands.own, state, desk, hands, clock
         self._outlooks: dict[int, Outlook] = {}
         self._paces: dict[NodeId, _Pace] = {}
+        self.engine, self._engines = self._own, {self._own}
         self._manifest: Manifest | None = None
         self._nonce = b""
         self._offered = asyncio.Event()
+        self.by_hand: ClusterFile | None = None
         self.known_links: Callable[[], Sequence[Link]] = tuple
         self.served: asyncio.Future[Outlook] = asyncio.get_running_loop().create_future()
         self.outlook: Outlook | None = None
@@ -110,7 +113,23 @@ class Conduct:
         if self.failure is not None:
             raise self.failure
         if self.is_serving:
-            self._post(self._own, say.Submit(request=ticket.request, resume=ticket.resume))
+            self._post(self.engine, say.Submit(request=ticket.request, resume=ticket.resume))
+
+    def cancel(self, request_id: str) -> None:
+        """Nobody waits for an answer any more."""
+        self._post(self.engine, say.CancelRequest(id=request_id))
+
+    def is_engine(self, link: WorkerLink) -> bool:
+        """Whether what a node says of answers counts. An engine of an earlier plan may still have something to say; it is too late.
+
+        Raises
+        ------
+        RemoteProtocolError
+            if the node never had the engine.
+        """
+        if link.id not in self._engines:
+            raise RemoteProtocolError(f"{link.name} answers requests, but the engine is not there")
+        return link.id == self.engine
 
     def hear(self, link: WorkerLink, message: say.FromWorker) -> None:
         """What a worker says about plans."""
@@ -174,8 +193,8 @@ class Conduct:
         served = self.outlook.plan if self.outlook is not None else None
         wish, links = replace(self._wish, version=version, keep=served), tuple(self.known_links())
         try:
-            outlook, is_wished = await asyncio.to_thread(_outlook, self._model, nodes, links, wish, is_first=not self.served.done())
-            if len(outlook.bytes_per_node) > 1:
+            outlook, is_wished = await asyncio.to_thread(_outlook, self._model, nodes, links, wish, self.by_hand, is_first=not self.served.done())
+            if outlook.bytes_per_node.keys() != {self._own}:
                 await self._offer()
         except YokeError as error:
             if not self.served.done():
@@ -183,7 +202,7 @@ class Conduct:
             self.handle(to_do.PlanFailed(version=version, error=error))
             return
         self._outlooks = {version: outlook} | {v: o for v, o in self._outlooks.items() if o is self.outlook}
-        moving = moving_s(served, outlook.plan, Machine.of(nodes, links))
+        moving = moving_s(served, outlook.plan, Machine.of(nodes, links), self._own)
         self.handle(to_do.PlanMade(version=version, plan=outlook.plan, seconds_per_token=outlook.seconds_per_token, moving_s=moving, is_wished=is_wished))
 
     async def _offer(self) -> None:
@@ -237,6 +256,8 @@ class Conduct:
     def _serve(self, version: int) -> None:
         """The plan stands: all live answers go on."""
         self.outlook = self._outlooks[version]
+        self.engine = self.outlook.plan.stages[0].shards[0].node
+        self._engines.add(self.engine)
         self.is_serving, self.failure = True, None
         self._paces.clear()
         if not self.served.done():
@@ -244,7 +265,7 @@ class Conduct:
         elif len(self._desk):
             self._hands.note(f"{len(self._desk)} answer(s) go on by plan {version}")
         for ticket in self._desk:
-            self._post(self._own, say.Submit(request=ticket.request, resume=ticket.resume))
+            self._post(self.engine, say.Submit(request=ticket.request, resume=ticket.resume))
 
     def _fail(self, error: YokeError) -> None:
         self.is_serving = False
@@ -308,11 +329,12 @@ def _layout(plan: Plan) -> list[tuple[Span, int]]:
     return [(stage.blocks, len(stage.shards)) for stage in plan.stages]
 
 
-def _outlook(model: Model, nodes: Sequence[Node], links: Sequence[Link], wish: Wish, *, is_first: bool) -> tuple[Outlook, bool]:
+def _outlook(model: Model, nodes: Sequence[Node], links: Sequence[Link], wish: Wish, by_hand: ClusterFile | None, *, is_first: bool) -> tuple[Outlook, bool]:
     """The plan, and whether it has a layout that was wished for. When machines were lost, a layout that they were needed for is given up, not the model."""
     try:
-        return make_plan(model.spec, nodes, links, wish if is_first else replace(wish, use_all=False)), wish.is_forced
+        asked = wish if by_hand is None else replace(wish, layout=by_hand.layout_over(nodes))
+        return make_plan(model.spec, nodes, links, asked if is_first else replace(asked, use_all=False)), asked.is_forced
     except PlacementError:
-        if is_first or not wish.is_forced:
+        if is_first or not (wish.is_forced or by_hand is not None):
             raise
         return make_plan(model.spec, nodes, links, replace(wish, stages=None, ranks=None, shares=None, layout=None, use_all=False)), False

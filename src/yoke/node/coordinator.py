@@ -19,9 +19,11 @@ from yoke.core.node import Node, NodeId
 from yoke.core.request import ClusterStatus, Event, Finished, ModelCard, Request, StageTimes
 from yoke.net.identity import Identity
 from yoke.node import messages as say
+from yoke.node.clusterfile import ClusterFile
 from yoke.node.conduct import Conduct, Hands, LoadSettings
 from yoke.node.desk import Desk
 from yoke.node.door import Door, Guest
+from yoke.node.framing import Bodies
 from yoke.node.links import WorkerLink, WorkerProcess, introduce
 from yoke.node.membership import Membership
 from yoke.node.model import Model
@@ -150,8 +152,8 @@ class Coordinator:
         async with self._joined:
             await self._joined.wait_for(lambda: len(self._members) >= n_nodes)
 
-    async def load(self, model: Model, wish: Wish, settings: LoadSettings) -> Outlook:
-        """Plan a model over the nodes that are there, have every shard loaded, and keep it served from then on, whoever comes and goes.
+    async def load(self, model: Model, wish: Wish, settings: LoadSettings, by_hand: ClusterFile | None = None) -> Outlook:
+        """Plan a model over the nodes that are there (``by_hand`` as long as its nodes are), have every shard loaded, and keep it served, whoever comes and goes.
 
         Raises
         ------
@@ -164,6 +166,7 @@ class Coordinator:
             own=self._identity.id, directory=Path(self._start.state_dir), links=self._links, drop=self._drop, start=self._tasks.start, note=self._note
         )
         conduct = Conduct(model, wish, settings, State(self._policy, wish), self._desk, hands, self._clock)
+        conduct.by_hand = by_hand
         self._model, self._context, self._conduct = model, settings.context, conduct
         settled_s = self._clock.monotonic() - self._policy.settle_s  # who is there now has been waited for
         for member in self._members.values():
@@ -204,15 +207,16 @@ class Coordinator:
                 yield event
         finally:
             self._desk.close(ticket)
-            if not is_over and (engine := self._members.get(self._identity.id)) is not None:
-                engine.link.post(say.CancelRequest(id=request.id))
+            if not is_over:
+                self._conduct.cancel(request.id)
 
     async def status(self) -> ClusterStatus:
         """Ask every worker how it is; those that do not answer in time are left out."""
         members = list(self._members.values())
         answers = await asyncio.gather(*(self._ask_status(member) for member in members))
-        engine = next((a for m, a in zip(members, answers, strict=True) if m.link.id == self._identity.id and a is not None), say.Status())
         conduct = self._conduct
+        host = conduct.engine if conduct is not None else self._identity.id
+        engine = next((a for m, a in zip(members, answers, strict=True) if m.link.id == host and a is not None), say.Status())
         plan = conduct.outlook.plan if conduct is not None and conduct.outlook is not None and conduct.is_serving else None
         places = {(stage, rank, shard.node) for stage, rank, shard in plan.places()} if plan is not None else set()
         times: list[StageTimes] = [  # without those of a plan that was given up while they came
@@ -310,7 +314,7 @@ class Coordinator:
     async def _welcome(self, guest: Guest) -> None:
         """A machine was let in: hear its worker introduce itself."""
         reader, writer = guest.stream
-        bodies = say.Bodies(reader)
+        bodies = Bodies(reader)
         async with asyncio.timeout(INTRODUCTION_S):
             ready = await introduce(bodies, writer, None)
             wanted = self._start.weight_type
@@ -346,8 +350,8 @@ class Coordinator:
     def _hear(self, member: _Member, message: say.FromWorker) -> None:
         link = member.link
         match message:
-            case say.Answer() | say.Accepted() if link.id != self._identity.id:
-                raise RemoteProtocolError(f"{link.name} answers requests, but the engine is not there")
+            case say.Answer() | say.Accepted() if self._conduct is None or not self._conduct.is_engine(link):
+                pass
             case say.Answer(id=request_id):
                 self._desk.tell(request_id, _event(message))
             case say.Accepted(id=request_id, prompt=prompt):

@@ -9,12 +9,14 @@ from yoke.backends.ops import Backend, Floats
 from yoke.core.clock import Clock
 from yoke.core.errors import InvariantError, NodeGone
 from yoke.core.request import StageTimes
+from yoke.models.shards import EMBEDDING
 from yoke.net.codec import Limits
 from yoke.net.group import ChannelGroup, Group, SoloGroup
 from yoke.net.identity import Identity
 from yoke.node import messages as say
 from yoke.node.holding import Holding
 from yoke.node.porter import Porter
+from yoke.node.preface import Preface
 from yoke.node.wiring import Wires, wire
 from yoke.run.chat import ChatTemplate
 from yoke.run.engine import Engine, Stop
@@ -23,7 +25,6 @@ from yoke.run.pipeline import Pipeline, Ways, serve_stage
 from yoke.run.scheduler import Limits as SchedulerLimits
 from yoke.run.scheduler import Scheduler
 from yoke.run.stage import StageRunner
-from yoke.weights.gguf import GgufFile
 from yoke.weights.tokenizer import Tokenizer
 
 Send = Callable[[say.FromWorker], None]
@@ -39,7 +40,7 @@ class Post:
     spin_s: float
     send: Send
     clock: Clock
-    tokenizers: dict[str, Tokenizer]
+    tokenizers: dict[Path, Tokenizer]
 
 
 class Duty:
@@ -94,7 +95,7 @@ class Duty:
             raise InvariantError("a plan is served before its channels stand")
         width = load.plan.spec.width
         limits = Limits(max_tokens=load.chunk, width=width, max_outputs=load.chunk, max_body_bytes=load.chunk * (4 * width + 128) + 65536)
-        if (load.stage, load.rank) == (0, 0):
+        if load.is_engine:
             ways = Ways(mates=wires.mates, following=wires.following, result=wires.result, limits=limits)
             self._serve_engine(runner, ways, holding)
             return
@@ -125,16 +126,15 @@ class Duty:
 
     def _serve_engine(self, runner: StageRunner, ways: Ways, holding: Holding) -> None:
         """The engine's worker: sessions and token loop."""
-        load, post, file = self.load, self._post, holding.file
-        if file is None:
-            raise InvariantError("the engine's worker has no model file")
+        load, post, preface = self.load, self._post, holding.preface
+        if preface is None:
+            raise InvariantError("the engine's worker has no vocabulary")
 
         def embed(tokens: Sequence[int]) -> Floats:
-            return post.backend.dequantize(file.stored_rows("token_embd.weight", tokens))
+            return post.backend.dequantize(preface.stored_rows(EMBEDDING, tokens))
 
-        path = load.model_path or ""
-        tokenizer = post.tokenizers.get(path) or post.tokenizers.setdefault(path, Tokenizer.load(Path(path)))
-        template = chat_template(file, tokenizer, load.chat_template)
+        tokenizer = post.tokenizers.get(preface.path) or post.tokenizers.setdefault(preface.path, Tokenizer.load(preface.path))
+        template = chat_template(preface, tokenizer, load.chat_template)
         self.intake = Intake(load.plan.spec, tokenizer, template, load.context)
         depth = len(load.plan.stages)
         scheduler = Scheduler(SchedulerLimits(n_cells=load.n_cells, chunk=load.chunk, max_sessions=load.max_sessions, depth=depth))
@@ -146,9 +146,9 @@ class Duty:
         self.engine.run()
 
 
-def chat_template(file: GgufFile, tokenizer: Tokenizer, override: str | None) -> ChatTemplate | None:
+def chat_template(preface: Preface, tokenizer: Tokenizer, override: str | None) -> ChatTemplate | None:
     """The model's own template, or the one that the user gave instead."""
-    source = override if override is not None else file.metadata.get("tokenizer.chat_template")
+    source = override if override is not None else preface.metadata.get("tokenizer.chat_template")
     if not isinstance(source, str):
         return None
     bos, eos = (tokenizer.piece(token).decode(errors="replace") if token is not None else "" for token in (tokenizer.bos, tokenizer.eos))

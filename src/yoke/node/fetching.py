@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,11 +20,15 @@ from yoke.core.tensor import StoredTensor, TensorInfo
 from yoke.models.shards import Cut
 from yoke.net.channel import Channel, send_message
 from yoke.net.codec import Hello, Purpose
-from yoke.net.pieces import ask_have, ask_manifest, ask_tiles, receive_tile
+from yoke.net.pieces import Want, ask_have, ask_tiles, ask_whole, receive_tile
 from yoke.node.allotment import Allotment, Pace
+from yoke.weights.gguf import header_digest
+from yoke.weights.gguf_header import MAX_HEADER_BYTES
 from yoke.weights.manifest import MAX_MANIFEST_BYTES, Manifest
 from yoke.weights.pack import Pack
 from yoke.weights.tiles import MOST_TILE_BYTES, Grid, Range
+
+PieceT = TypeVar("PieceT")
 
 ANSWER_S = 30.0
 """How long a source may take for one tile, or for the manifest's next part; then it counts as gone."""
@@ -76,17 +81,38 @@ def fetch_manifest(digest: bytes, suppliers: Sequence[Supplier]) -> Manifest:
     NodeError
         if nobody has it: what each of them said.
     """
+    return _fetch_whole(Want.MANIFEST, digest, MAX_MANIFEST_BYTES, suppliers, lambda data: Manifest.decode(data, digest))
+
+
+def fetch_header(manifest: Manifest, suppliers: Sequence[Supplier]) -> bytes:
+    """The header of the model's file, without the size in front, from the first of ``suppliers`` who has it.
+
+    Raises
+    ------
+    NodeError
+        if nobody has the right one: what each of them said.
+    """
+
+    def checked(data: bytes) -> bytes:
+        if header_digest(data) != manifest.header:
+            raise RemoteProtocolError("gave a header that is not the model's")
+        return data[8:]
+
+    return _fetch_whole(Want.HEADER, manifest.digest, MAX_HEADER_BYTES, suppliers, checked)
+
+
+def _fetch_whole(want: Want, digest: bytes, most_bytes: int, suppliers: Sequence[Supplier], checked: Callable[[bytes], PieceT]) -> PieceT:
     faults: dict[str, str] = {}
     for supplier in suppliers:
         try:
             with _greeted(supplier.open()) as channel:
-                data = ask_manifest(channel, digest, MAX_MANIFEST_BYTES)
+                data = ask_whole(channel, want, digest, most_bytes)
                 if data is not None:
-                    return Manifest.decode(data, digest)
+                    return checked(data)
                 faults[supplier.name] = "does not have this model"
         except NodeError as error:
             faults[supplier.name] = str(error)
-    raise NodeError(f"nobody gave the manifest of model {digest.hex()[:12]}: {_told(faults) or 'there was nobody to ask'}")
+    raise NodeError(f"nobody gave the {want.name.lower()} of model {digest.hex()[:12]}: {_told(faults) or 'there was nobody to ask'}")
 
 
 def fetch(

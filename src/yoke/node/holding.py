@@ -13,7 +13,7 @@ from yoke.models.shards import shard_cuts
 from yoke.net.group import SoloGroup
 from yoke.node.loading import Source, stream_weights
 from yoke.node.messages import Load
-from yoke.weights.gguf import GgufFile
+from yoke.node.preface import Preface
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,20 +61,20 @@ class Reducer:
 
 
 class Holding:
-    """A loaded shard. ``file`` is the model's, where this machine has it."""
+    """A loaded shard, and the model's preface where the engine may be."""
 
-    def __init__(self, shape: Shape, executor: Executor, reducer: Reducer, file: GgufFile | None) -> None:
-        self.shape, self.executor, self.reducer, self.file = shape, executor, reducer, file
+    def __init__(self, shape: Shape, executor: Executor, reducer: Reducer, preface: Preface | None) -> None:
+        self.shape, self.executor, self.reducer, self.preface = shape, executor, reducer, preface
 
     @classmethod
-    def load(cls, load: Load, backend: Backend, threads: int, source: Source, report: Callable[[int], None], file: GgufFile | None) -> Self:
+    def load(cls, load: Load, backend: Backend, threads: int, source: Source, report: Callable[[int], None], preface: Preface | None) -> Self:
         """Read a place's slices into the device.
 
         Parameters
         ----------
         source : where they are.
         report : is given the bytes loaded so far; what it raises ends the loading.
-        file : the model's, where it is here; closed if loading fails, and else with the holding.
+        preface : the model's; closed if loading fails, and else with the holding.
 
         Raises
         ------
@@ -96,17 +96,17 @@ class Holding:
         weights = stream_weights(source, shard_cuts(plan, load.stage, load.rank), report)
         program = Program(text=decoder(plan, load.stage, load.rank), shape=shape, weights=weights, reducer=reducer)
         try:
-            return cls(Shape.of(load), backend.open(program, device=shard.device, threads=threads), reducer, file)
+            return cls(Shape.of(load), backend.open(program, device=shard.device, threads=threads), reducer, preface)
         except BaseException:
-            if file is not None:
-                file.close()
+            if preface is not None:
+                preface.close()
             raise
 
     def close(self) -> None:
         """Free the device's memory."""
         self.executor.close()
-        if self.file is not None:
-            self.file.close()
+        if self.preface is not None:
+            self.preface.close()
 
 
 def unless(stopped: threading.Event, report: Callable[[int], None]) -> Callable[[int], None]:

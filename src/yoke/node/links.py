@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from yoke.core.errors import NodeGone, YokeError
 from yoke.core.node import NodeId
 from yoke.node import messages as say
+from yoke.node.framing import Bodies
 from yoke.node.notes import noted_error
 from yoke.node.profile import Tell, silent
 
@@ -26,7 +27,7 @@ class WorkerProcess:
         if process.stdin is None or process.stdout is None:
             raise NodeGone("the worker was started without pipes")
         self.process = process
-        self.bodies, self.writer = say.Bodies(process.stdout), process.stdin
+        self.bodies, self.writer = Bodies(process.stdout), process.stdin
 
     @classmethod
     async def spawn(cls) -> "WorkerProcess":
@@ -67,7 +68,7 @@ class WorkerLink:
     id: NodeId
     name: str
     host: str
-    bodies: say.Bodies
+    bodies: Bodies
     writer: asyncio.StreamWriter
     ready: say.Ready
     cut: Callable[[], None]
@@ -95,7 +96,7 @@ class WorkerLink:
         return say.decode_from_worker(await self.bodies.next())
 
 
-async def introduce(bodies: say.Bodies, writer: asyncio.StreamWriter, start: say.Start | None, tell: Tell = silent) -> say.Ready:
+async def introduce(bodies: Bodies, writer: asyncio.StreamWriter, start: say.Start | None, tell: Tell = silent) -> say.Ready:
     """Start a worker's conversation: send ``start``, unless its own node process has done so, and wait for its introduction.
 
     Raises

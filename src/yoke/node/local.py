@@ -21,6 +21,7 @@ from yoke.net.addresses import local_addresses
 from yoke.net.group import WireType
 from yoke.net.identity import Identity
 from yoke.node import messages as say
+from yoke.node.clusterfile import ClusterFile
 from yoke.node.conduct import LoadSettings
 from yoke.node.config import machine_name, state_directory
 from yoke.node.coordinator import Coordinator
@@ -39,7 +40,7 @@ MAX_STORE_BYTES = 200 * 10**9
 class Layout:
     """How many nodes to start here and to wait for, and what the plan shall look like.
 
-    ``is_open`` lets other machines join; ``weight_type`` is what speeds are measured with, empty the commonest.
+    ``is_open`` lets other machines join; ``weight_type`` is what speeds are measured with, empty the commonest; ``by_hand`` has the plan that a person wrote.
     """
 
     local_nodes: int = 1
@@ -49,6 +50,7 @@ class Layout:
     stages: int | None = None
     ranks: int | None = None
     shares: tuple[float, ...] | None = None
+    by_hand: ClusterFile | None = None
 
 
 @contextlib.asynccontextmanager

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from yoke.core.errors import NodeGone, RemoteProtocolError
 from yoke.node import messages as say
+from yoke.node.framing import Bodies
 from yoke.node.links import WorkerProcess, introduce
 from yoke.node.profile import Tell, silent
 
@@ -95,7 +96,7 @@ async def _serve_once(stream: Stream, start: say.Start, tell: Listeners) -> tupl
 
 async def _stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, process: WorkerProcess) -> tuple[Ending, str]:
     """Pass messages on, each way, until one way ends."""
-    down = asyncio.create_task(_pass_on(say.Bodies(reader), process.writer))
+    down = asyncio.create_task(_pass_on(Bodies(reader), process.writer))
     up = asyncio.create_task(_pass_on(process.bodies, writer))
     try:
         try:
@@ -116,7 +117,7 @@ async def _stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, proc
         await asyncio.gather(down, up, return_exceptions=True)
 
 
-async def _pass_on(bodies: say.Bodies, writer: asyncio.StreamWriter) -> str | None:
+async def _pass_on(bodies: Bodies, writer: asyncio.StreamWriter) -> str | None:
     """Why messages came to an end; None if the last was the word that this machine may go."""
     while True:
         try:

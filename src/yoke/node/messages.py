@@ -1,31 +1,25 @@
-"""The control plane's vocabulary: what a node process, its worker and the coordinator say to each other, and how it lies on a stream.
+"""The control plane's vocabulary: what a node process, its worker and the coordinator say to each other.
 
-A worker does not know whether its coordinator is in the next process or on another machine: a member's node process relays. Every message is a length (4 bytes,
-little-endian) and that many bytes of MessagePack, checked against these types.
+A worker does not know whether its coordinator is in the next process or on another machine: a member's node process relays. Every message is MessagePack, checked
+against these types; how it lies on a stream is in `yoke.node.framing`.
 """
 
-import asyncio
-import struct
 from enum import StrEnum
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from yoke.backends.ops import CacheType
-from yoke.core.errors import InvariantError, NodeGone, RemoteProtocolError, YokeError
+from yoke.core.errors import RemoteProtocolError, YokeError
 from yoke.core.node import Device, NodeId
 from yoke.core.plan import Plan
 from yoke.core.request import Event, Finished, Piece, Request, StageTimes, Started
 from yoke.net.group import WireType
+from yoke.node.framing import framed
 from yoke.node.notes import ErrorNote, error_note
 from yoke.run.intake import Resume
 
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-
-READ_BYTES = 1 << 18
-
 MessageT = TypeVar("MessageT")
-_LENGTH = struct.Struct("<I")
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -132,6 +126,11 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     use: Use = Use.SERVE
     manifest: bytes = b""
     suppliers: tuple[NodeId, ...] = ()
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether the engine runs in this place."""
+        return (self.stage, self.rank) == (0, 0)
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -284,17 +283,14 @@ _from_worker: "msgspec.msgpack.Decoder[FromWorker]" = msgspec.msgpack.Decoder(Fr
 
 
 def encode(message: ToWorker | FromWorker) -> bytes:
-    """A message with its length in front.
+    """A message as it lies on a stream.
 
     Raises
     ------
     InvariantError
-        if it is longer than `MAX_MESSAGE_BYTES`.
+        if it is longer than `yoke.node.framing.MAX_MESSAGE_BYTES`.
     """
-    body = _encoder.encode(message)
-    if len(body) > MAX_MESSAGE_BYTES:
-        raise InvariantError(f"a {type(message).__name__} of {len(body)} bytes; a message has at most {MAX_MESSAGE_BYTES}")
-    return _LENGTH.pack(len(body)) + body
+    return framed(_encoder.encode(message))
 
 
 def decode_to_worker(body: bytes) -> ToWorker:
@@ -324,65 +320,6 @@ def _decode(decoder: "msgspec.msgpack.Decoder[MessageT]", body: bytes) -> Messag
         return decoder.decode(body)
     except (msgspec.DecodeError, YokeError, RecursionError, OverflowError, UnicodeDecodeError) as error:
         raise RemoteProtocolError(f"a control message of {len(body)} bytes cannot be read: {error}") from error
-
-
-def read_body(stream: BinaryIO) -> bytes | None:
-    """The next message's bytes from a blocking stream; None at its end.
-
-    Raises
-    ------
-    RemoteProtocolError
-        if the message is too long, or the stream ends inside it.
-    """
-    head = stream.read(_LENGTH.size)
-    if not head:
-        return None
-    body = stream.read(_checked_length(head))
-    if len(body) != _LENGTH.unpack(head)[0]:
-        raise RemoteProtocolError("the control stream ended inside a message")
-    return body
-
-
-class Bodies:
-    """The messages of an asyncio stream. Reads as much as is there at once: a token's message is small, and each wait costs more than it."""
-
-    def __init__(self, stream: asyncio.StreamReader) -> None:
-        self._stream, self._buffer = stream, bytearray()
-
-    async def next(self) -> bytes:
-        """The next message's bytes.
-
-        Raises
-        ------
-        NodeGone
-            if the stream ended.
-        RemoteProtocolError
-            if the message is too long.
-        """
-        buffer = self._buffer
-        while True:
-            if len(buffer) >= _LENGTH.size:
-                end = _LENGTH.size + _checked_length(buffer[: _LENGTH.size])
-                if len(buffer) >= end:
-                    body = bytes(buffer[_LENGTH.size : end])
-                    del buffer[:end]
-                    return body
-            try:
-                data = await self._stream.read(READ_BYTES)
-            except OSError as error:
-                raise NodeGone(f"the control connection ended: {error}") from error
-            if not data:
-                raise NodeGone("the control connection ended")
-            buffer += data
-
-
-def _checked_length(head: bytes | bytearray) -> int:
-    if len(head) != _LENGTH.size:
-        raise RemoteProtocolError("the control stream ended inside a message")
-    (length,) = _LENGTH.unpack(head)
-    if length > MAX_MESSAGE_BYTES:
-        raise RemoteProtocolError(f"a control message claims {length} bytes; expected at most {MAX_MESSAGE_BYTES}")
-    return int(length)
 
 
 def event_answer(request_id: str, event: Event | YokeError) -> Answer:

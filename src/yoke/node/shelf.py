@@ -25,6 +25,10 @@ class Shelf(Protocol):
     def manifest(self) -> Manifest:
         """The model's."""
 
+    @property
+    def header(self) -> bytes | None:
+        """`GgufFile.header` of the model's file, or None if it is not here."""
+
     def bitmap(self) -> bytes:
         """One bit for each tile, the lowest bit of each byte first: whether it is here."""
 
@@ -52,6 +56,11 @@ class FileShelf:
     def manifest(self) -> Manifest:
         """The model's."""
         return self._manifest
+
+    @property
+    def header(self) -> bytes:
+        """The file's."""
+        return self._file.header
 
     def bitmap(self) -> bytes:
         """All ones, as far as there are tiles."""
@@ -85,6 +94,10 @@ class StoreShelf:
         """The model's."""
         return self._pack.manifest
 
+    @property
+    def header(self) -> None:
+        """Not kept here: a vocabulary is asked for by one node alone."""
+
     def bitmap(self) -> bytes:
         """What is here now."""
         return self._pack.bitmap()
@@ -115,6 +128,8 @@ def serve_pieces(channel: Channel, shelves: Mapping[bytes, Shelf]) -> None:
         match request.want:
             case Want.MANIFEST:
                 send_answer(channel, Want.MANIFEST, shelf.manifest.encode() if shelf is not None else None)
+            case Want.HEADER:
+                send_answer(channel, Want.HEADER, shelf.header if shelf is not None else None)
             case Want.HAVE:
                 send_answer(channel, Want.HAVE, shelf.bitmap() if shelf is not None else None)
             case Want.TILES:

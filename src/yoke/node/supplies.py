@@ -4,11 +4,13 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from yoke.core.errors import InvariantError
 from yoke.core.node import NodeId
 from yoke.core.plan import Plan
-from yoke.models.shards import shard_cuts
+from yoke.models.shards import EMBEDDING, Cut, shard_cuts
 from yoke.net.channel import Channel
 from yoke.node.fetching import StoreSource, Supplier, fetch, fetch_manifest, wanted_tiles
+from yoke.node.preface import StorePreface, store_preface
 from yoke.node.shelf import FileShelf, Shelf, StoreShelf, serve_pieces
 from yoke.weights.gguf import GgufFile
 from yoke.weights.manifest import manifest_of
@@ -57,7 +59,7 @@ class Supplies:
     def bring(
         self, plan: Plan, place: tuple[int, int], digest: bytes, suppliers: Sequence[Supplier], report: Callable[[int], None], stop: threading.Event
     ) -> StoreSource:
-        """Have all tiles of a place in the store, and offer them to others.
+        """Have all tiles of a place in the store, those of the embedding too where the engine is, and offer them to others.
 
         Parameters
         ----------
@@ -72,8 +74,22 @@ class Supplies:
         """
         with self._turn:
             pack = self._packs.get(digest) or self._open(digest, suppliers)
-        fetch(pack, wanted_tiles(pack.manifest, shard_cuts(plan, *place)), suppliers, report, stop)
+        cuts = (*shard_cuts(plan, *place), *((Cut(name=EMBEDDING),) if place == (0, 0) else ()))
+        fetch(pack, wanted_tiles(pack.manifest, cuts), suppliers, report, stop)
         return StoreSource(pack)
+
+    def preface(self, digest: bytes, source: StoreSource, suppliers: Sequence[Supplier]) -> StorePreface:
+        """What the engine needs beside the tiles that were brought.
+
+        Raises
+        ------
+        NodeError
+            if nobody gave it.
+        """
+        store, pack = self._store, self._packs.get(digest)
+        if store is None or pack is None:
+            raise InvariantError("a preface is wanted of a model of which nothing was brought")
+        return store_preface(store, pack.manifest, source, suppliers)
 
     def _open(self, digest: bytes, suppliers: Sequence[Supplier]) -> Pack:
         if self._store is None:

@@ -29,11 +29,13 @@ from yoke.net.tcp import Listener, connect
 from yoke.node import messages as say
 from yoke.node.devices import choose_device, look_at_devices, offered, open_backend
 from yoke.node.duty import Duty, Post
-from yoke.node.fetching import Supplier
+from yoke.node.fetching import StoreSource, Supplier
+from yoke.node.framing import read_body
 from yoke.node.holding import Holding, Shape, unless
 from yoke.node.loading import FileSource, Source
 from yoke.node.notes import error_note
 from yoke.node.porter import Porter
+from yoke.node.preface import Preface, StorePreface
 from yoke.node.supplies import Supplies
 from yoke.run.engine import Cancel
 from yoke.weights.gguf import GgufFile
@@ -63,7 +65,7 @@ class ControlStream:
 
     def receive(self) -> say.ToWorker:
         """The next order. At the stream's end the process ends."""
-        body = say.read_body(self._incoming)
+        body = read_body(self._incoming)
         if body is None:
             os._exit(0)
         return say.decode_to_worker(body)
@@ -123,24 +125,30 @@ class Worker:
 
     def _hold(self, duty: Duty) -> Holding:
         """Have the place's shard on the device: the one that is there, if it is the same."""
-        load = duty.load
-        if self._holding is not None and self._holding.shape == Shape.of(load):
-            self._holding.executor.clear()
-            return self._holding
+        load, held = duty.load, self._holding
+        if held is not None and held.shape == Shape.of(load) and (held.preface is not None or not load.is_engine):
+            held.executor.clear()
+            return held
         self._let_go()
         report = unless(duty.stopped, _every(PROGRESS_S, self._progress(load)))
         source: Source
+        preface: Preface | None
         if load.model_path is not None:
-            file = GgufFile.open(Path(load.model_path))
+            preface = file = GgufFile.open(Path(load.model_path))
             source = FileSource(file)
         else:
-            file = None
-            source = self._supplies.bring(load.plan, (load.stage, load.rank), load.manifest, self._suppliers(load), report, duty.stopped)
-        self._holding = Holding.load(load, self._backend, self._start.threads, source, report, file)
+            source, preface = self._bring(load, report, duty.stopped)
+        self._holding = Holding.load(load, self._backend, self._start.threads, source, report, preface)
         gc.unfreeze()
         gc.collect()
         gc.freeze()
         return self._holding
+
+    def _bring(self, load: say.Load, report: Callable[[int], None], stop: threading.Event) -> tuple[StoreSource, StorePreface | None]:
+        """Have what a place needs in the store."""
+        suppliers = self._suppliers(load)
+        source = self._supplies.bring(load.plan, (load.stage, load.rank), load.manifest, suppliers, report, stop)
+        return source, self._supplies.preface(load.manifest, source, suppliers) if load.is_engine else None
 
     def _let_go(self) -> None:
         if self._holding is not None:
@@ -152,8 +160,9 @@ class Worker:
         version = load.plan.version
         try:
             if load.model_path is None:
-                place = (load.stage, load.rank)
-                self._supplies.bring(load.plan, place, load.manifest, self._suppliers(load), _every(PROGRESS_S, self._progress(load)), threading.Event())
+                _, preface = self._bring(load, _every(PROGRESS_S, self._progress(load)), threading.Event())
+                if preface is not None:
+                    preface.close()
             self._control.send(say.Prepared(version=version))
         except YokeError as error:
             self._control.send(say.LoadFailed(version=version, error=error_note(error)))

@@ -68,7 +68,7 @@ class Bounds:
         return self._known[key]
 
     def in_blocks(self, group: Group, is_last: bool) -> tuple[float, ...]:
-        """Least seconds of the group for 1, 2, ... whole blocks in a row, as many as fit. The coordinator's group has the model's first ones."""
+        """Least seconds of the group for 1, 2, ... whole blocks in a row, as many as fit. The group of the engine's node has the model's first ones."""
         key = (group, is_last)
         if key not in self._whole:
             self._whole[key] = tuple(self._block_times(group, is_last))

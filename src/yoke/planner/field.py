@@ -1,7 +1,7 @@
-"""The machines as a search sees them: numbered, number 0 the coordinator, with seconds for each byte and for each way. Knows a model's sizes, but no plan.
+"""The machines as a search sees them: numbered, number 0 the one with the engine, with seconds for each byte and for each way. Knows a model's sizes, but no plan.
 
 A *group* is the nodes of one stage, as ascending numbers. Within a stage, the node that the next stage is reached from soonest leads (is rank 0); in the first
-stage the coordinator does; in the last stage the node that collects the logits and reaches the coordinator soonest.
+stage number 0 does; in the last stage the node that collects the logits and reaches number 0 soonest.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Field:
 
     Parameters
     ----------
-    nodes : the coordinator first, the others in an order that does not depend on how they were given.
+    nodes : that of the engine first, the others in an order that does not depend on how they were given.
     rows : tokens in a step; a fraction stands for steps of different sizes.
 
     ``heads`` are cuts of heads by weights that were worked out already.

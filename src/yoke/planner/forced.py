@@ -26,7 +26,7 @@ def forced_stages(nodes: Sequence[Node], wish: Wish) -> tuple[StageWish, ...]:
     Raises
     ------
     PlacementError
-        if there are too few nodes, a node is unknown or named twice, shares are not one a rank, or the first node is not the coordinator.
+        if there are too few nodes, a node is unknown or named twice, or shares are not one a rank.
     """
     if wish.layout is not None:
         _check_names(wish.layout, nodes)
@@ -100,10 +100,6 @@ def _check_names(layout: Sequence[StageWish], nodes: Sequence[Node]) -> None:
     if len(set(named)) != len(named):
         twice = next(node for node in named if named.count(node) > 1)
         raise PlacementError(f"the layout by hand names {known[twice]} twice; a node holds one part")
-    if named[0] != nodes[0].id:
-        raise PlacementError(
-            f"the layout by hand begins with {known[named[0]]}; expected {nodes[0].name}, the coordinator, as rank 0 of the first stage: the engine runs there"
-        )
 
 
 def _check_blocks(spec: ModelSpec, stages: Sequence[StageWish]) -> None:

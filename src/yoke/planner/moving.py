@@ -27,15 +27,14 @@ def moved_bytes(old: Plan | None, new: Plan) -> Mapping[NodeId, int]:
     return moved
 
 
-def moving_s(old: Plan | None, new: Plan, machine: Machine) -> float:
+def moving_s(old: Plan | None, new: Plan, machine: Machine, coordinator: NodeId) -> float:
     """Predicted seconds until every node of ``new`` has what it has to load.
 
     The coordinator reads its part from its disk (`CostModel.disk_bytes_per_s`); every other node gets its own over its link from the coordinator, all at once, and
     together no faster than the best of those links. What nodes could give each other is not counted, so it may be quicker.
     """
     moved = dict(moved_bytes(old, new))
-    coordinator = new.stages[0].shards[0].node
-    own_s = moved.pop(coordinator) / machine.costs.disk_bytes_per_s
+    own_s = moved.pop(coordinator, 0) / machine.costs.disk_bytes_per_s
     if not any(moved.values()):
         return own_s
     s_per_byte = {node: machine.way(coordinator, node)[1] for node in moved}

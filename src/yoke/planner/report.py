@@ -13,8 +13,8 @@ from yoke.planner.workbench import INFINITE, Candidate, Stages, Workbench
 RUNNERS_UP = 3
 
 
-def outlook(bench: Workbench, chosen: Candidate, found: Sequence[Candidate]) -> Outlook:
-    """The chosen one of the plans found, with its predictions."""
+def outlook(bench: Workbench, chosen: Candidate, found: Sequence[Candidate], coordinator: NodeId) -> Outlook:
+    """The chosen one of the plans found, with its predictions. ``bench`` is the one that it was made on."""
     plan, machine, wish = chosen.plan, bench.machine, bench.wish
     by_node = {shard.node: node_bytes(plan, stage, rank, wish, machine.costs) for stage, rank, shard in plan.places()}
     return Outlook(
@@ -33,12 +33,12 @@ def outlook(bench: Workbench, chosen: Candidate, found: Sequence[Candidate]) -> 
         prompt_tokens=wish.prompt_tokens,
         runners_up=_runners_up(bench, plan, found),
         moved_bytes=moved_bytes(wish.keep, plan),
-        moving_s=moving_s(wish.keep, plan, machine),
+        moving_s=moving_s(wish.keep, plan, machine, coordinator),
     )
 
 
 def _runners_up(bench: Workbench, plan: Plan, found: Sequence[Candidate]) -> tuple[Alternative, ...]:
-    """The best plans with other groups of nodes, and the coordinator alone."""
+    """The best plans with other groups of nodes, and each node alone that was tried."""
     seen = {_groups_of(plan)}
     told: list[Candidate] = []
     for candidate in sorted(found, key=lambda candidate: candidate.value_s):

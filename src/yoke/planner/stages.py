@@ -2,7 +2,7 @@
 
 Heads are in proportion to speed; they are few and large, so columns are shared out to make good for them. Where that does not fit, several ways of sharing the heads
 are tried, by speed, by memory, and among those with much memory only, since heads bring the cache with them; rows and columns then go to whoever is done with them
-first and has room. The coordinator may have a share of 0 in a stage with others, since it must be there but need not compute.
+first and has room. The engine's node may have a share of 0 in a stage with others, since it must be there but need not compute.
 """
 
 import math
@@ -45,7 +45,7 @@ class StageTable:
     Parameters
     ----------
     seats : nodes in the order of ranks.
-    is_first, is_last : where the stage is: in the first one the coordinator may be idle, the last one has the output matrix.
+    is_first, is_last : where the stage is: in the first one the engine's node may be idle, the last one has the output matrix.
     shares : relative shares of the ranks instead of the best ones.
     """
 

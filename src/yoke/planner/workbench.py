@@ -16,7 +16,7 @@ from yoke.planner.stages import StageTable
 from yoke.planner.wish import Goal, Wish
 
 Stages = tuple[Group, ...]
-"""The groups of all stages, in order; the coordinator's first."""
+"""The groups of all stages, in order; that of the engine's node first."""
 
 INFINITE = float("inf")
 
@@ -43,7 +43,7 @@ class Workbench:
 
     Parameters
     ----------
-    nodes : the coordinator first.
+    nodes : that of the engine first.
     """
 
     def __init__(self, spec: ModelSpec, nodes: Sequence[Node], machine: Machine, wish: Wish) -> None:

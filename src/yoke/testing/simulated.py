@@ -135,6 +135,7 @@ class SimulatedCluster:
         self.n_events = 0
         self._failure: YokeError | None = None
         self.nodes, self._planner, self._own = tuple(nodes), planner, nodes[0].id
+        self._engine = self._own
         self._connected: dict[NodeId, int] = {}
         self.join(self._own)
         self._tick()
@@ -158,7 +159,7 @@ class SimulatedCluster:
         session = Session(len(self.sessions), n_tokens, error=self._failure)
         self.sessions.append(session)
         if self.laws.serving is not None and not session.is_over:
-            self._start(session, self.laws.serving.version)
+            self._start(session)
         return session
 
     # what can befall machines
@@ -241,11 +242,11 @@ class SimulatedCluster:
                 self._drop(self.boxes.by_id[node])
             case m.MakePlan(version=version, nodes=nodes):
                 self.time.at(self.now + self.terms.planning_s, partial(self._handle, self._plan(nodes, version)))
-            case m.Serve(version=version):
+            case m.Serve():
                 self._failure = None
                 for session in self.sessions:
                     if not session.is_over:
-                        self._start(session, version)
+                        self._start(session)
             case m.FailStreams(error=error):
                 self._failure = error
                 for session in self.sessions:
@@ -287,9 +288,14 @@ class SimulatedCluster:
         self.time.at(self.now + m.TICK_S, self._tick)
         self._handle(m.Tick())
 
-    def _start(self, session: Session, version: int) -> None:
+    def _start(self, session: Session) -> None:
+        """Ask the engine of the plan that serves; from now on nobody else's tokens count."""
+        plan = self.laws.serving
+        if plan is None:
+            raise InvariantError("an answer is to be given while no plan serves")
+        self._engine = plan.stages[0].shards[0].node
         answer = Answer(session.name, (*session.prompt, *session.drawn), session.n_wanted - len(session.drawn))
-        self.boxes.send(self._own, partial(self.boxes.answer, version=version, answer=answer))
+        self.boxes.send(self._engine, partial(self.boxes.answer, version=plan.version, answer=answer))
 
     def _hear(self, box: Box, event: m.Event) -> None:
         if self._connected.get(box.node.id) == box.life:
@@ -299,7 +305,7 @@ class SimulatedCluster:
 
     def _take(self, box: Box, answer: Answer, token: int) -> None:
         session = self.sessions[answer.name]
-        if self._connected.get(box.node.id) == box.life and not session.is_over:
+        if self._connected.get(box.node.id) == box.life and box.node.id == self._engine and not session.is_over:
             session.drawn.append(token)
 
     def _lose(self, node: NodeId, why: str, after_s: float) -> None:

@@ -100,10 +100,13 @@ class GgufFile:
         The weights themselves are not read, so two models that differ in nothing else have one digest.
         """
         if self._digest is None:
-            digest = hashlib.sha256(self._view[: self._header.n_bytes])
-            digest.update(self.n_bytes.to_bytes(8, "little"))
-            self._digest = digest.hexdigest()
+            self._digest = header_digest(self.header).hex()
         return self._digest
+
+    @property
+    def header(self) -> bytes:
+        """The file's size, 8 bytes, and its header as it stands there: by `header_digest` of it, whoever knows the digest knows that it is the right one."""
+        return self.n_bytes.to_bytes(8, "little") + bytes(self._view[: self._header.n_bytes])
 
     def array(self, key: str) -> list[Scalar]:
         """A metadata array as a list, however long. Costs about 1 µs a string; nothing is kept.
@@ -259,6 +262,11 @@ class GgufFile:
 
     def _error(self, message: str) -> ModelError:
         return ModelError(f"{self.path}: {message}")
+
+
+def header_digest(header: bytes) -> bytes:
+    """SHA-256 of what `GgufFile.header` gives: the header, then the file's size."""
+    return hashlib.sha256(header[8:] + header[:8]).digest()
 
 
 def dequantize(tensor_type: TensorType, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -18,6 +18,9 @@ MAX_TENSOR_NAME_BYTES: Final = 64
 # Arrays of up to this many elements become lists at once; a vocabulary has tens of thousands and stays in the file until it is asked for.
 EAGER_ARRAY_ELEMENTS: Final = 1024
 
+MAX_HEADER_BYTES: Final = 1 << 26
+"""The most that a header may have to be sent to another node: four times that of a vocabulary of 262,000 tokens."""
+
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: Final = {
     0: ("uint8", struct.Struct("<B")),
@@ -93,6 +96,21 @@ def read_header(buffer: memoryview, where: str) -> Header:
             )
         tensors[info.name], offsets[info.name] = info, start + offset
     return Header(version=version, metadata=metadata, tensors=tensors, offsets=offsets, n_bytes=min(start, len(buffer)))
+
+
+def without_tensors(buffer: memoryview, where: str) -> bytes:
+    """A whole GGUF file with the metadata of the header in ``buffer`` and no tensor: enough for a vocabulary.
+
+    Raises
+    ------
+    ModelError
+        as `read_header`.
+    """
+    cursor = _Cursor(buffer, where)
+    version, _, n_metadata = _read_preamble(cursor)
+    start = cursor.position
+    _read_metadata(cursor, n_metadata)
+    return MAGIC + _U32.pack(version) + _U64.pack(0) + _U64.pack(n_metadata) + bytes(buffer[start : cursor.position])
 
 
 def decode_array(buffer: memoryview, info: ArrayInfo, where: str) -> list[Scalar]:

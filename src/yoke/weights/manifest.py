@@ -1,7 +1,7 @@
 """A model's manifest: its tensors, and the hash of every tile. By its digest nodes agree that they mean the same weights, bit for bit.
 
 A manifest is all that a node without the model's file needs to ask for tiles, to check them, and to put slices of tensors together again. Vocabulary and
-metadata are needed only where the file is, so their hash is enough. Knows files and bytes; does not know where tiles come from.
+metadata are needed only where the engine is: their hash tells whether what comes of them is right. Knows files and bytes; does not know where tiles come from.
 """
 
 import hashlib

@@ -160,6 +160,18 @@ class Store:
         if free < n_bytes:
             raise NodeError(f"{n_bytes} bytes of weights are to be kept in {self.directory}, but {free} are free; make room on this disk")
 
+    def keep(self, path: Path, data: bytes) -> None:
+        """Write a small file beside a model's tiles, whole or not at all; it goes when they go.
+
+        Raises
+        ------
+        SettingError
+            if the store may hold no more, or the file cannot be written.
+        """
+        with self._keeping(), self.held():
+            self.take(len(data))
+            write_whole(path, data)
+
     # What follows is for a holder of the lock.
 
     def _make_way(self, n_bytes: int) -> int:

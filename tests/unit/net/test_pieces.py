@@ -19,8 +19,8 @@ from yoke.net.pieces import (
     Request,
     Want,
     ask_have,
-    ask_manifest,
     ask_tiles,
+    ask_whole,
     encode_request,
     read_answer_head,
     read_request_head,
@@ -32,7 +32,7 @@ from yoke.net.pieces import (
 MODEL = bytes(range(32))
 IDS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=MAX_IDS).map(tuple)
 requests = st.one_of(
-    st.builds(Request, want=st.sampled_from([Want.MANIFEST, Want.HAVE]), model=st.binary(min_size=32, max_size=32)),
+    st.builds(Request, want=st.sampled_from([Want.MANIFEST, Want.HAVE, Want.HEADER]), model=st.binary(min_size=32, max_size=32)),
     st.builds(Request, want=st.just(Want.TILES), model=st.binary(min_size=32, max_size=32), ids=IDS),
 )
 
@@ -108,7 +108,7 @@ def test_a_damaged_request_is_a_request_or_refused(data, request):
     ("kind", "reserved", "n_ids", "told"),
     [
         (0, 0, 0, "kind 0"),
-        (4, 0, 0, "kind 4"),
+        (5, 0, 0, "kind 5"),
         (1, 1, 0, "reserved"),
         (1, 0, 1, "manifest with 1 tiles"),
         (2, 0, 1, "have with 1 tiles"),
@@ -148,8 +148,8 @@ def test_manifests_and_what_a_server_has_arrive():
     manifest = bytes(range(256)) * 12_345
     with pair() as (here, there), ThreadPoolExecutor(1) as server:
         for ask, answer, expected in (
-            (lambda: ask_manifest(here, MODEL, len(manifest)), manifest, manifest),
-            (lambda: ask_manifest(here, MODEL, len(manifest)), None, None),
+            (lambda: ask_whole(here, Want.MANIFEST, MODEL, len(manifest)), manifest, manifest),
+            (lambda: ask_whole(here, Want.MANIFEST, MODEL, len(manifest)), None, None),
             (lambda: ask_have(here, MODEL, 12), b"\x01\x0f", b"\x01\x0f"),
             (lambda: ask_have(here, MODEL, 12), None, None),
         ):
@@ -202,7 +202,7 @@ def test_a_manifest_that_is_announced_and_does_not_come_takes_no_room():
         tracemalloc.start()
         try:
             with pytest.raises(NodeGone):
-                ask_manifest(here, MODEL, 1 << 30)
+                ask_whole(here, Want.MANIFEST, MODEL, 1 << 30)
             assert tracemalloc.get_traced_memory()[1] < 4 << 20
         finally:
             tracemalloc.stop()
@@ -212,7 +212,7 @@ def test_a_manifest_that_is_too_long_is_refused_by_its_head():
     with pair() as (here, there):
         there.send(struct.pack("<II", Want.MANIFEST, 101))
         with pytest.raises(RemoteProtocolError, match="at most 100"):
-            ask_manifest(here, MODEL, 100)
+            ask_whole(here, Want.MANIFEST, MODEL, 100)
 
 
 def test_a_tile_is_not_copied_on_its_way_to_the_channel():

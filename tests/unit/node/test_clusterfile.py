@@ -1,13 +1,14 @@
 """A cluster's file is read strictly, with the line in every error, and what is written is read back."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from yoke.core.errors import SettingError
+from yoke.core.errors import PlacementError, SettingError
 from yoke.core.node import Device, Link, Node, NodeId, Rate
 from yoke.node.clusterfile import MAX_NODES, cluster_text, named_id, read_cluster, read_machine, write_cluster
 from yoke.node.entries import MAX_DEPTH, MAX_FILE_BYTES
@@ -78,6 +79,22 @@ def test_everything_that_a_file_may_say_is_read(file: Path) -> None:
         ((laptop.id, desktop.id), (1.0, 3.0), 20),
         ((attic.id,), None, None),
     ]
+
+
+def test_plan_by_hand_is_for_machines_by_id_or_name(file: Path) -> None:
+    cluster = read_cluster(written(file, WHOLE))
+    _, desktop, attic = cluster.nodes
+    own, other = replace(desktop, id=NodeId("1" * 64), name="whatever"), replace(attic, id=NodeId("2" * 64))
+    renamed = replace(desktop, name="renamed")
+    layout = cluster.layout_over([own, renamed, other])
+    assert layout is not None
+    assert [stage.nodes for stage in layout] == [(own.id, desktop.id), (other.id,)]
+    assert (layout[0].shares, layout[0].blocks) == ((1, 3), 20)
+    assert cluster.n_planned == 3
+    with pytest.raises(PlacementError, match="needs attic, which is not there; there are whatever, renamed"):
+        cluster.layout_over([own, renamed])
+    free = read_cluster(written(file, "nodes: [{name: a, memory: 1 GB, speed: 1 GB/s}]"))
+    assert (free.layout_over([own]), free.n_planned) == (None, 1)
 
 
 def test_example_in_the_manual_is_a_file(file: Path) -> None:

@@ -19,6 +19,7 @@ from yoke.core.plan import Plan
 from yoke.core.request import Finished, FinishReason, Message, Piece, Request, Role, Sampling, StageTimes, Started
 from yoke.core.spec import ModelSpec, Rope, RopeStyle
 from yoke.net.group import WireType
+from yoke.node import framing
 from yoke.node import messages as say
 from yoke.node.notes import ErrorNote, error_note, noted_error
 from yoke.planner import grid_plan
@@ -131,14 +132,14 @@ def test_every_kind_of_message_is_tried_below() -> None:
 
 @pytest.mark.parametrize("message", TO_WORKER, ids=lambda m: type(m).__name__)
 def test_orders_come_back_as_they_were(message: say.ToWorker) -> None:
-    body = say.read_body(io.BytesIO(say.encode(message)))
+    body = framing.read_body(io.BytesIO(say.encode(message)))
     assert body is not None
     assert say.decode_to_worker(body) == message
 
 
 @pytest.mark.parametrize("message", FROM_WORKER, ids=lambda m: type(m).__name__)
 def test_reports_come_back_as_they_were(message: say.FromWorker) -> None:
-    body = say.read_body(io.BytesIO(say.encode(message)))
+    body = framing.read_body(io.BytesIO(say.encode(message)))
     assert body is not None
     assert say.decode_from_worker(body) == message
 
@@ -214,34 +215,34 @@ class Counted(io.BytesIO):
         return super().read(size)
 
 
-@pytest.mark.parametrize("length", [say.MAX_MESSAGE_BYTES + 1, 2**32 - 1])
+@pytest.mark.parametrize("length", [framing.MAX_MESSAGE_BYTES + 1, 2**32 - 1])
 def test_oversized_length_is_refused_before_anything_is_set_aside_for_it(length: int) -> None:
     stream = Counted(struct.pack("<I", length) + b"xx")
     with pytest.raises(RemoteProtocolError, match=f"claims {length} bytes"):
-        say.read_body(stream)
+        framing.read_body(stream)
     assert stream.most == 4
 
     async def read() -> None:
         reader = asyncio.StreamReader()
         reader.feed_data(struct.pack("<I", length))
         with pytest.raises(RemoteProtocolError, match=f"claims {length} bytes"):
-            await say.Bodies(reader).next()
+            await framing.Bodies(reader).next()
 
     asyncio.run(read())
 
 
 def test_streams_end_between_messages_or_break_inside_one() -> None:
     whole = say.encode(say.AskStatus())
-    assert say.read_body(io.BytesIO(b"")) is None
+    assert framing.read_body(io.BytesIO(b"")) is None
     for n_bytes in range(1, len(whole)):
         with pytest.raises(RemoteProtocolError, match="inside a message"):
-            say.read_body(io.BytesIO(whole[:n_bytes]))
+            framing.read_body(io.BytesIO(whole[:n_bytes]))
 
     async def read(data: bytes) -> bytes:
         reader = asyncio.StreamReader()
         reader.feed_data(data)
         reader.feed_eof()
-        return await say.Bodies(reader).next()
+        return await framing.Bodies(reader).next()
 
     assert say.decode_to_worker(asyncio.run(read(whole))) == say.AskStatus()
     for n_bytes in (0, 3, len(whole) - 1):
@@ -250,8 +251,8 @@ def test_streams_end_between_messages_or_break_inside_one() -> None:
 
 
 def test_message_that_no_peer_would_take_is_not_sent() -> None:
-    with pytest.raises(InvariantError, match=r"CancelRequest of .* bytes"):
-        say.encode(say.CancelRequest(id="x" * say.MAX_MESSAGE_BYTES))
+    with pytest.raises(InvariantError, match=r"a message of .* bytes"):
+        say.encode(say.CancelRequest(id="x" * framing.MAX_MESSAGE_BYTES))
 
 
 @pytest.mark.parametrize("kind", [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, YokeError)])

@@ -73,7 +73,6 @@ def test_many_nodes_are_planned_over_too(world: SimpleNamespace, n_nodes: int, m
             wish = Wish(n_cells=1024, goal=goal)
             outlook = make_plan(world.spec_of(), nodes, links, wish)
             assert missing_bytes(outlook.plan, Machine.of(nodes, links), wish) == 0
-            assert outlook.plan.stages[0].shards[0].node == nodes[0].id
             assert len(outlook.why) + len(outlook.left_out) == n_nodes
             if goal is Goal.LATENCY:
                 bound = least_s(world.spec_of(), nodes, links, wish)

@@ -74,11 +74,14 @@ def test_moving_takes_as_long_as_the_slowest_link_or_all_on_the_best_or_the_disk
     plan = grid_plan(world.spec_of(), ids, stages=3, ranks=1)
     first, second, third = (plan.shard_bytes(stage, 0) for stage in range(3))
     links = world.links_of(nodes, 1e-3, 100e6)
-    assert moving_s(None, plan, Machine.of(nodes, links)) == pytest.approx((second + third) / 100e6), "they share the coordinator's connection"
+    assert moving_s(None, plan, Machine.of(nodes, links), ids[0]) == pytest.approx((second + third) / 100e6), "they share the coordinator's connection"
     slow = [link if link.target != ids[2] else world.links_of(nodes, 1e-3, 10e6)[links.index(link)] for link in links]
-    assert moving_s(None, plan, Machine.of(nodes, slow)) == pytest.approx(third / 10e6)
+    assert moving_s(None, plan, Machine.of(nodes, slow), ids[0]) == pytest.approx(third / 10e6)
     alone = grid_plan(world.spec_of(), ids[:1], stages=1, ranks=1)
-    assert moving_s(None, alone, Machine.of(nodes, links)) == pytest.approx(alone.shard_bytes(0, 0) / COSTS.disk_bytes_per_s)
-    assert moving_s(plan, plan, Machine.of(nodes, links)) == 0
-    assert 0 < moving_s(plan, alone, Machine.of(nodes, links)) < moving_s(None, alone, Machine.of(nodes, links))
+    assert moving_s(None, alone, Machine.of(nodes, links), ids[0]) == pytest.approx(alone.shard_bytes(0, 0) / COSTS.disk_bytes_per_s)
+    assert moving_s(plan, plan, Machine.of(nodes, links), ids[0]) == 0
+    assert 0 < moving_s(plan, alone, Machine.of(nodes, links), ids[0]) < moving_s(None, alone, Machine.of(nodes, links), ids[0])
+    assert moving_s(None, grid_plan(world.spec_of(), ids[1:2], stages=1, ranks=1), Machine.of(nodes, links), ids[0]) == pytest.approx(
+        alone.shard_bytes(0, 0) / 100e6
+    ), "the coordinator gives all, and keeps nothing"
     assert first > 0
