@@ -155,12 +155,12 @@ def test_a_machine_that_is_asked_to_leave_hands_over_first(yoke, make_yoke, kjv,
     assert server.stop() == 130
 
 
-def test_nodes_are_shown_invited_and_removed(yoke, make_yoke, kjv, server_kind):
+def test_nodes_are_shown_invited_and_removed(yoke, make_yoke, kjv, server_kind, wait_until):
     server = yoke.start("serve", kjv, "--port", 0, "--cluster-host", "127.0.0.1", kind=server_kind).ready()
     invite = yoke.run("nodes", "invite", "--uses", 1, "--expires", "1h").out.split()[2]
     member = make_yoke("attic").start("join", invite, "--name", "attic")
     member.wait_for("joined as attic", stream="err")
-    assert "attic" in yoke.run("nodes").out
+    wait_until(lambda: "attic" in yoke.run("nodes").out, server.story)  # once its worker has introduced itself
     refused = make_yoke("cellar").run("join", invite, "--name", "cellar", code=3)
     assert "refused" in refused.err
     yoke.run("nodes", "remove", "attic")

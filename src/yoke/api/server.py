@@ -1,6 +1,7 @@
 """The application put together, and served: uvicorn inside an event loop that is already running. Knows no endpoint's insides."""
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -72,7 +73,9 @@ def check_host(host: str, *, has_key: bool) -> None:
         raise SettingError(f"host {host} can be reached by other machines, and the API has no key; set a key, or bind 127.0.0.1")
 
 
-async def serve_http(app: Starlette, *, host: str = "127.0.0.1", port: int = 0, ready: Callable[[str], None] | None = None) -> None:
+async def serve_http(
+    app: Starlette, *, host: str = "127.0.0.1", port: int = 0, bound: socket.socket | None = None, ready: Callable[[str], None] | None = None
+) -> None:
     """Serve ``app`` until cancelled; answers in flight then have `GRACE_S` to end.
 
     Parameters
@@ -80,6 +83,7 @@ async def serve_http(app: Starlette, *, host: str = "127.0.0.1", port: int = 0, 
     app : what `create_app` made.
     host : name or address to bind.
     port : TCP port; 0 takes a free one.
+    bound : what `bind_http` gave for host and port, where that was called before; closed at the end.
     ready : called with the base URL, port included, once connections are accepted.
 
     Raises
@@ -88,10 +92,9 @@ async def serve_http(app: Starlette, *, host: str = "127.0.0.1", port: int = 0, 
         if ``host`` is more than this machine and the application has no key, or if the address cannot be bound.
     """
     check_host(host, has_key=getattr(app.state, "has_key", False))
-    listener = await _listen(host, port)
-    with listener:
-        bound = listener.getsockname()[1]
-        url = f"http://[{host.strip('[]')}]:{bound}" if ":" in host else f"http://{host}:{bound}"
+    with bound or await bind_http(host, port) as listener:
+        number = listener.getsockname()[1]
+        url = f"http://[{host.strip('[]')}]:{number}" if ":" in host else f"http://{host}:{number}"
         server = _Server(app, (lambda: ready(url)) if ready else (lambda: None))
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(server.serve(sockets=[listener]))
@@ -150,14 +153,29 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(0)
 
 
-async def _listen(host: str, port: int) -> socket.socket:
+async def bind_http(host: str, port: int) -> socket.socket:
+    """Take an address before there is anything to serve: nobody is let in until `serve_http` has the socket.
+
+    Raises
+    ------
+    SettingError
+        if the address cannot be bound.
+    """
     if not 0 <= port <= 65_535:
         # The resolver would take it modulo 65536.
         raise SettingError(f"port is {port}; expected 0 to 65535, where 0 takes a free one")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if os.name == "posix":  # elsewhere it would let two programs have one port
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address[:2])
+        except BaseException:
+            bound.close()
+            raise
+        return bound
     except (OSError, UnicodeError) as error:
         raise SettingError(f"cannot listen on {host} port {port}: {error}; choose another host or port") from None
 

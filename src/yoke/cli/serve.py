@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from yoke.api.gate import is_loopback
-from yoke.api.server import check_host, create_app, serve_http
+from yoke.api.server import bind_http, check_host, create_app, serve_http
 from yoke.cli import options
 from yoke.cli.opening import loaded_cluster, run_until_signal
 from yoke.cli.qr import qr_text
@@ -104,6 +105,11 @@ def _by_hand(path: Path) -> ClusterFile:
 
 async def _serve(path: Path, settings: Settings, layout: Layout, shown: Shown) -> None:
     check_host(settings.host, has_key=bool(settings.api_key))
+    with contextlib.closing(await bind_http(settings.host, settings.port)) as bound:  # a port that is taken is told now, not after loading
+        await _serve_at(bound, path, settings, layout, shown)
+
+
+async def _serve_at(bound: socket.socket, path: Path, settings: Settings, layout: Layout, shown: Shown) -> None:
     async with loaded_cluster(path, settings, layout, on_ready=lambda cluster: _invite(cluster, layout, shown)) as cluster:
         admin_key = secrets.token_urlsafe(ADMIN_KEY_BYTES)
         app = create_app(cluster, key=settings.api_key or None, admin_key=admin_key)
@@ -116,7 +122,7 @@ async def _serve(path: Path, settings: Settings, layout: Layout, shown: Shown) -
             cluster.tell.note = _log
             if layout.is_open and not all(map(is_loopback, (door := cluster.door).hosts)):
                 await stack.enter_async_context(announced(door.node, machine_name(), door.hosts, door.port, note=_log))
-            await serve_http(app, host=settings.host, port=settings.port, ready=ready)
+            await serve_http(app, host=settings.host, bound=bound, ready=ready)
 
 
 def _log(text: str) -> None:

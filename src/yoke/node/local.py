@@ -130,6 +130,7 @@ def wish_of(settings: Settings, layout: Layout, cells: int) -> Wish:
         stages=layout.stages,
         ranks=layout.ranks,
         shares=layout.shares,
+        chunk=min(settings.chunk, cells),
         use_all=layout.local_nodes > 1 and layout.stages is None and layout.ranks is None,
     )
 
