@@ -3,7 +3,8 @@
 Every node is a process in a network namespace, pinned to its own processor while there are enough; a switch in user space shapes what passes between them
 (docs/testing-networks.md). The cases run in turn, so that ratios hold when the machine's speed drifts; medians are printed. The floor is what a token would take
 with no cost but computing and the network: compute + exchanges x (half a round trip + bytes / rate + 0.1 ms). Computing is that of the same layout over
-loopback in the same round, where it was measured: over the LAN, the switch takes its share of the processors too, which is no cost of a real network.
+loopback in the same round, where it was measured: over the LAN, the switch takes its share of the processors too, which is no cost of a real network. What that
+share costs is seen from the second ratio, whose floor has the computing of the same run.
 
 usage: python benchmarks/lan.py [--rounds 5] [--decode 128] [--wire-type float32] [--cases "one node,two ranks"] [--links loopback,lan]
 """
@@ -28,6 +29,7 @@ from typing import Any
 import psutil
 from workload import median_of, median_ratio, model_1b
 
+from yoke.core.spec import ModelSpec
 from yoke.node.model import Model
 from yoke.testing.namespaces import Network, network
 from yoke.testing.shape import WIRED
@@ -194,11 +196,22 @@ def ask(url: str, tokens: int) -> Result:
     return {"decode_tokens_per_s": timings["decode_tokens_per_s"], "workers": workers, "decode_s": timings["decode_s"]}
 
 
-def floor_s(case: Case, compute_s: float, wire_type: str) -> float:
-    """Seconds of a token if only computing and the network took time."""
+def spec_1b() -> ModelSpec:
+    """What the model is."""
     model = Model.open(model_1b())
     model.file.close()
-    spec = model.spec
+    return model.spec
+
+
+def sums_bytes(case: Case, wire_type: str) -> float:
+    """Bytes that one rank sends for a token's sums."""
+    spec = spec_1b()
+    return 2 * spec.n_blocks * (case.ranks - 1) * spec.width * ELEMENT_BYTES[wire_type]
+
+
+def floor_s(case: Case, compute_s: float, wire_type: str) -> float:
+    """Seconds of a token if only computing and the network took time."""
+    spec = spec_1b()
 
     def trip_s(payload: float) -> float:
         return ROUND_TRIP_S / 2 + (payload + -(-payload // PAYLOAD) * HEADERS) / CABLE.bytes_per_s + OVERHEAD_S
@@ -234,12 +247,13 @@ def report(case: Case, rounds: Sequence[Mapping[Case, Result]], wire_type: str) 
         text += f" ({median_ratio(results, [each[base] for each in rounds], name):.2f}x)"
     text += f"; a token: computing {middle(lambda result: computing_s(case, result)) * 1e3:.2f} ms"
     if case.nodes > 1:
-        text += f", collectives {per_token('collective_s'):.2f} ms, sending {per_token('wire_s'):.2f} ms"
+        text += f", collectives {per_token('collective_s'):.2f} ms ({sums_bytes(case, wire_type) / 1e3:.0f} KB a rank), sending {per_token('wire_s'):.2f} ms"
     if case.over_lan:
-        floors = [floor_s(case, computing_s(case, each[near]), wire_type) for each in rounds]
-        ratio = statistics.median(1 / result[name] / floor for result, floor in zip(results, floors, strict=True))
+        floors, own_floors = ([floor_s(case, computing_s(case, each[of]), wire_type) for each in rounds] for of in (near, case))
+        ratio, own_ratio = (statistics.median(1 / result[name] / floor for result, floor in zip(results, each, strict=True)) for each in (floors, own_floors))
         core = middle(lambda result: result["switch_s"] / 2 / result["decode_s"])  # two answers were written
-        text += f"; floor {statistics.median(floors) * 1e3:.2f} ms, ratio {ratio:.3f}; the switch took {core:.0%} of a core"
+        text += f"; floor {statistics.median(floors) * 1e3:.2f} ms, ratio {ratio:.3f} ({own_ratio:.3f} with computing as it was beside the switch)"
+        text += f", {median_ratio(results, [each[near] for each in rounds], name):.2f} of loopback; the switch took {core:.0%} of a core"
     if case.nodes > (os.cpu_count() or 1):
         text += f" ({case.nodes} nodes on {os.cpu_count()} processors)"
     print(text, flush=True)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -25,6 +26,21 @@ def check_ended(yoke, running, signal_number):
     assert "Traceback" not in running.err
     if signal_number != signal.SIGKILL:
         assert yoke.leftovers() == []
+
+
+def test_ctrl_c_while_the_program_is_read_is_no_traceback(yoke):
+    command = [sys.executable, "-X", "importtime", "-m", "yoke", "run", "model.gguf", "-p", "a"]
+    running = subprocess.Popen(command, env=yoke.env, stderr=subprocess.PIPE, text=True)
+    told = []
+    for line in running.stderr:
+        told.append(line)
+        if line.rstrip().endswith(" typer.colors"):
+            running.send_signal(signal.SIGINT)
+            break
+    told += running.stderr
+    assert running.wait(10) == 130
+    running.stderr.close()
+    assert not [line for line in told if "Traceback" in line]
 
 
 @pytest.mark.parametrize("signal_number", SIGNALS, ids=lambda number: number.name)

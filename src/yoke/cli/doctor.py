@@ -21,7 +21,7 @@ _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.BAD: "red"}
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("doctor", help="Find out what is wrong with this machine or its way to a cluster, and what to do.")(doctor)
+    app.command("doctor", help="Find out what is wrong here or with the cluster, and what to do.")(doctor)
 
 
 def doctor(

@@ -25,7 +25,7 @@ LOOK_S = 0.2
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("leave", help="Let the cluster manage without this machine, then end its `yoke join`.")(leave)
+    app.command("leave", help="Let the cluster manage without this machine, then go.")(leave)
 
 
 def leave(state_dir: options.StateDir = None) -> None:

@@ -8,9 +8,7 @@ import typer
 import yoke
 from yoke.cli import bench, chat, convert, doctor, join, leave, nodes, plan, run, serve, status
 from yoke.cli.render import errors
-from yoke.core.errors import YokeError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+from yoke.core.errors import INTERRUPTED, YokeError
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -24,7 +24,7 @@ from yoke.planner import Goal, Outlook, Wish, make_plan
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("plan", help="Show which node would hold which part of MODEL, and what is predicted of it.")(plan)
+    app.command("plan", help="Show which node would hold which part of MODEL, and how fast.")(plan)
 
 
 def plan(

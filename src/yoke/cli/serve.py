@@ -38,7 +38,7 @@ class Shown:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("serve", help="Serve MODEL over the OpenAI API, on this machine and those that join it.")(serve)
+    app.command("serve", help="Serve MODEL over the OpenAI API, on all machines that join.")(serve)
 
 
 def serve(
@@ -51,9 +51,7 @@ def serve(
     alone: Annotated[bool, typer.Option("--alone", help="Let no other machine join.")] = False,
     qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code too.")] = False,
     code: Annotated[bool, typer.Option("--code", help="Show six digits for one machine on the same network: it runs `yoke join` alone.")] = False,
-    cluster: Annotated[
-        Path | None, typer.Option("--cluster", metavar="FILE", help="Serve by the plan by hand in this file.", show_default=False)
-    ] = None,
+    cluster: Annotated[Path | None, typer.Option("--cluster", metavar="FILE", help="Serve by the plan by hand in this file.", show_default=False)] = None,
     nodes: options.Nodes = 1,
     local_nodes: options.LocalNodes = 1,
     stages: options.Stages = None,

@@ -26,7 +26,7 @@ NEWS_SHOWN = 5
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("status", help="Show nodes, links, plan and where the time goes of the server that runs here.")(status)
+    app.command("status", help="Show nodes, links, plan and where the time goes.")(status)
 
 
 def status(

@@ -72,10 +72,9 @@ class Policy:
         """Hold a plan's gain against its cost: seconds per token as it is and as it would be, and seconds of loading."""
         share = 1 - then_s / now_s if now_s > 0 else 0.0
         saved_s = share * self.horizon_s
-        text = (
-            f"a token would take {1e3 * then_s:.1f} ms instead of {1e3 * now_s:.1f} ms ({share:.0%} less, wanted {self.gain:.0%}), "
-            f"which saves {saved_s:.1f} s in {self.horizon_s:g} s and costs {moving_s:.1f} s of loading"
-        )
+        text = f"a token would take {1e3 * then_s:.1f} ms instead of {1e3 * now_s:.1f} ms"
+        if share > 0:
+            text += f" ({share:.0%} less, wanted {self.gain:.0%}), which saves {saved_s:.1f} s in {self.horizon_s:g} s and costs {moving_s:.1f} s of loading"
         return Weighing(is_worth_it=share >= self.gain and saved_s > moving_s, text=text)
 
 

@@ -14,6 +14,9 @@ YokeError
 └── InvariantError      Yoke itself is wrong: please report it         exit code 70, HTTP 500
 """
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+
 
 class YokeError(Exception):
     """Root of all errors that Yoke raises on purpose."""

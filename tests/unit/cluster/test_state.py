@@ -193,7 +193,8 @@ def test_a_change_that_is_not_worth_it_is_not_made_and_the_figures_are_told(seco
     commands = table.made(pipeline((OWN, B, C), asked.version), seconds, moving_s)
     assert [type(command) for command in commands] == [m.Note]
     assert f"{1e3 * seconds:.1f} ms instead of 100.0 ms" in why(commands)
-    assert f"costs {moving_s:.1f} s of loading: the plan stays" in why(commands)
+    assert (f"costs {moving_s:.1f} s of loading" in why(commands)) == (seconds < 0.1), "what would be worse has no price"
+    assert ": the plan stays" in why(commands)
     assert (table.state.phase, table.state.plan) == (Phase.SERVING, plan)
     assert table.wait(100) == [], "and not asked for again"
 
