@@ -70,7 +70,7 @@ def test_a_change_is_weighed_by_gain_and_by_cost(now_s: float, then_s: float, mo
     weighing = Policy().weigh(now_s, then_s, moving_s)
     assert weighing.is_worth_it is is_worth_it
     assert f"{1e3 * then_s:.1f} ms instead of {1e3 * now_s:.1f} ms" in weighing.text
-    assert f"costs {moving_s:.1f} s" in weighing.text
+    assert (f"costs {moving_s:.1f} s" in weighing.text) == (then_s < now_s)
 
 
 # signs of life
