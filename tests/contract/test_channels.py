@@ -1,7 +1,9 @@
 import contextlib
 import os
+import select
 import socket
 import ssl
+import sys
 import threading
 import time
 
@@ -49,6 +51,12 @@ def wait_for_refusals(listener, n):
     while listener.refused < n and time.monotonic() < deadline:
         time.sleep(0.01)
     assert listener.refused == n
+
+
+def has_ended(connection):
+    """Whether the other side has closed a connection over which nothing was said."""
+    ready, _, _ = select.select([connection], [], [], 0)
+    return bool(ready) and not connection.recv(1)
 
 
 def test_memory_channel_keeps_the_contract():
@@ -116,16 +124,29 @@ def test_silent_strangers_do_not_hold_members_up(listener, nodes):
             stranger.close()
 
 
-def test_callers_beyond_the_handshake_limit_are_turned_away(listener, nodes):
-    strangers = [socket.create_connection(listener.address) for _ in range(MAX_HANDSHAKES)]
-    try:
-        with pytest.raises(NodeGone):
-            connect(listener.address, nodes[0].id, nodes[1], [nodes[0].certificate_der], deadline_s=0.3)
-    finally:
-        for stranger in strangers:
-            stranger.close()
-    for end in pair(listener, nodes):
-        end.close()
+def test_when_all_places_are_taken_the_one_who_dawdles_longest_makes_room_for_a_member(listener, nodes):
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(socket.create_connection(listener.address)) for _ in range(MAX_HANDSHAKES)]
+        for end in pair(listener, nodes):
+            end.close()
+        wait_for_refusals(listener, 1)
+        assert has_ended(strangers[0])
+        assert not any(map(has_ended, strangers[1:]))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has all of 127.0.0.0/8 on its loopback")
+def test_many_callers_of_one_address_do_not_displace_the_slow_one_of_another(listener, nodes):
+    attic, kitchen, _ = nodes
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(socket.create_connection(listener.address))
+        for _ in range(3 * MAX_HANDSHAKES):
+            stack.enter_context(socket.create_connection(listener.address, source_address=("127.0.0.2", 0)))
+        wait_for_refusals(listener, 2 * MAX_HANDSHAKES + 1)
+        assert sum(thread.name == "yoke-handshake" for thread in threading.enumerate()) == MAX_HANDSHAKES
+        secured = stack.enter_context(client_context(kitchen, [attic.certificate_der]).wrap_socket(slow))
+        assert secured.recv(1) == b"\x06"
+        with contextlib.closing(listener.accept(5)) as channel:
+            assert channel.peer == kitchen.id
 
 
 def test_new_member_is_let_in_after_the_list_changed(listener, nodes):

@@ -15,7 +15,7 @@ PROMPT = "And the LORD said unto"
 N_TOKENS = 250
 STREAM = """
 import json, sys, urllib.request as r
-body = json.dumps({"prompt": sys.argv[2], "max_tokens": int(sys.argv[3]), "temperature": 0.8, "seed": 3, "ignore_eos": True, "stream": True}).encode()
+body = json.dumps({"prompt": sys.argv[2], "max_tokens": int(sys.argv[3]), "temperature": 0.8, "seed": 5, "ignore_eos": True, "stream": True}).encode()
 for line in r.urlopen(r.Request(sys.argv[1] + "/v1/completions", body), timeout=60):
     print(line.decode().strip(), flush=True)
 """

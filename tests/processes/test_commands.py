@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
+from typer.main import get_group
 from typer.testing import CliRunner
 
 import yoke as package
@@ -141,7 +141,7 @@ def test_help_lists_every_command(yoke):
 def test_help_and_manual_explain_every_flag(command):
     shown = " ".join(CliRunner().invoke(app, [command, "--help"], terminal_width=160).output.split())
     manual = manual_section(f"yoke {command}")
-    for parameter in get_command(app).commands[command].params:
+    for parameter in get_group(app).get_command(None, command).params:
         assert parameter.help, f"{parameter.name} has no help"
         assert " ".join(parameter.help.split()) in shown
         if parameter.param_type_name == "option":

@@ -79,9 +79,11 @@ def serve(
     if by_hand is not None:
         if stages is not None or ranks is not None or shares is not None or local_nodes > 1:
             raise typer.BadParameter("--cluster has the plan by hand; --stages, --ranks, --shares and --local-nodes make another: give one or the other")
-        nodes = max(nodes, by_hand.n_planned)
+        nodes = max(nodes, len(by_hand.planned))
         settings = replace(settings, cluster_host=settings.cluster_host or by_hand.addresses.get(by_hand.nodes[0].id, ""))
-    is_open = not alone or nodes > local_nodes
+    if alone and nodes > local_nodes:
+        raise typer.BadParameter(f"--alone lets no other machine join, but {nodes} nodes are to be waited for; leave one or the other away")
+    is_open = not alone
     grid = options.share_numbers(shares)
     layout = Layout(local_nodes=local_nodes, nodes=nodes, is_open=is_open, stages=stages, ranks=ranks, shares=grid, by_hand=by_hand)
     run_until_signal(_serve(model, settings, layout, Shown(qr=qr, code=code)))
@@ -117,7 +119,6 @@ async def _serve_at(bound: socket.socket, path: Path, settings: Settings, layout
                 stack.enter_context(left_word(state_directory(settings, os.environ), url, admin_key))
                 typer.echo(f"serving {path.stem} at {url}")
 
-            cluster.tell.note = _log
             if layout.is_open and not all(map(is_loopback, (door := cluster.door).hosts)):
                 await stack.enter_async_context(announced(door.node, machine_name(), door.hosts, door.port, note=_log))
             await serve_http(app, host=settings.host, bound=bound, ready=ready)
@@ -129,14 +130,17 @@ def _log(text: str) -> None:
 
 def _invite(cluster: Coordinator, layout: Layout, shown: Shown) -> None:
     """Tell how others join, and who does."""
+    cluster.tell.note = _log
     cluster.tell.joined = lambda node: errors.print(f"{node.name} joined with {node.device.description}", highlight=False)
     if layout.is_open:
         invite = cluster.door.invite(INVITE_USES, label="yoke serve").encode()
-        errors.print("on each other machine, run (good for a day; `yoke nodes invite` makes others):", highlight=False)
+        errors.print(f"on each other machine, run (good for a day and {INVITE_USES} machines):", highlight=False)
         typer.echo(f"yoke join {invite}")
         if shown.qr:
             errors.print(qr_text(invite))
         if shown.code:
             errors.print(f"or on one machine of this network: yoke join, and the code {cluster.door.open_code()}", highlight=False)
-        if layout.nodes > layout.local_nodes:
+        if layout.by_hand is not None and len(layout.by_hand.planned) > 1:
+            errors.print(f"waiting for {', '.join(layout.by_hand.planned[1:])}, whom the plan by hand names", highlight=False)
+        elif layout.nodes > layout.local_nodes:
             errors.print(f"waiting until {layout.nodes} nodes are there", highlight=False)

@@ -83,10 +83,13 @@ class Course:
             self._say(f"{self._loss}; answers pause until {f'{self.roster.names(heirs.values())} takes over' if heirs else 'the model is placed again'}")
             self._halt()
             self._begin(self._loss) if heirs is None else self._replace(working, heirs)
-        elif change is not None and any(change.involves(node) for node in gone):
+        elif change is not None and any(
+            change.involves(node) or node == self.roster.own for node in gone
+        ):  # the coordinator's worker gives the others the file
             why = "; ".join(gone.values())
             if self.served is None:
                 self._loss = self._trouble = why
+                self._halt()
             self._drop_change(self.now)
             self._begin(why)
         elif was_standby:
@@ -165,7 +168,7 @@ class Course:
         """Time has passed: what is overdue has failed, and who has rested may be tried again."""
         change = self.change
         if change is not None and self.now >= change.deadline_s:
-            engine = {change.seating.engine} if change.seating is not None else set()
+            engine = {change.seating.engine} if change.seating is not None and change.step is Step.LOADING else set()
             late = change.waiting - engine or change.waiting  # without the others the engine cannot be ready either
             deed = "fetched its part" if change.step is Step.PREPARING else "loaded its part"
             names = self.roster.names(sorted(late))
@@ -353,8 +356,9 @@ class Course:
         """All are there: so it is the link between two of them, or the one that spoke up."""
         self.change = None
         if blame.error is not None:
-            is_engine = broken is not None and blame.node == broken.engine  # which is the last to be ready
-            self._blame(blame.unloaded if is_engine and blame.unloaded else {blame.node}, blame.error)
+            # The engine is the last to be ready; and the coordinator, which reads its own file, waits for all others.
+            is_patient = blame.node == self.roster.own or (broken is not None and blame.node == broken.engine)
+            self._blame(blame.unloaded if is_patient and blame.unloaded else {blame.node}, blame.error)
             return
         if blame.is_early:
             self.roster.trials.stumbled(blame.node, self.now)

@@ -31,6 +31,9 @@ _SERIAL = 1
 _NOT_BEFORE = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
 _NOT_AFTER = dt.datetime(9999, 12, 31, 23, 59, 59, tzinfo=dt.UTC)
 
+_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
+"""X509_V_FLAG_NO_CHECK_TIME (openssl/x509_vfy.h), which Python does not name: a key is a member or not, whatever the time is thought to be."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
@@ -156,6 +159,7 @@ def _member_context(protocol: int, identity: Identity, members: Iterable[bytes])
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # a node is its key, whatever its address
     context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= _NO_CHECK_TIME
     context.load_cert_chain(identity.pem_path)
     trusted = b"".join(members)
     if trusted:  # an empty store trusts nobody, which is right for an empty list, but OpenSSL refuses to load it

@@ -18,10 +18,11 @@ from yoke.core.node import NodeId
 from yoke.net.codec import Buffer
 from yoke.net.identity import Identity, certificate_id, client_context, server_context
 from yoke.net.sockets import LOOK_S, TICK_S, Alarm, Nap, is_silent, open_connection, secure, size_buffers, tune, waiter
+from yoke.net.strangers import Stranger, Strangers
 
 HANDSHAKE_S = 5.0
 MAX_HANDSHAKES = 16
-"""Strangers that may be in a handshake at once; more are turned away, and members try again."""
+"""Strangers that may be in a handshake at once; when more come, the oldest of the address that has most places goes (`yoke.net.strangers`)."""
 
 _COALESCE_BYTES = 1 << 16  # below this, one copy costs less than a second TLS record and its wake-up
 _ACCEPTED = b"\x06"  # the server's word that it let the client in: with TLS 1.3 the client's handshake ends before the server has judged its certificate
@@ -219,10 +220,9 @@ class Listener:
         self._admit = self._admission(members)
         self._ready: queue.Queue[TcpChannel | None] = queue.Queue(maxsize=1024)
         self._closed = threading.Event()
-        self._places = threading.Semaphore(MAX_HANDSHAKES)
+        self._strangers = Strangers(MAX_HANDSHAKES)
         self._counting = threading.Lock()
         self._refused = 0
-        self._handshakes: set[threading.Thread] = set()
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self._socket = socket.create_server(address[:2], family=family, backlog=128)
@@ -241,7 +241,7 @@ class Listener:
 
     @property
     def refused(self) -> int:
-        """How many connections were dropped: strangers, broken handshakes, and those beyond `MAX_HANDSHAKES`."""
+        """How many connections were dropped: strangers, broken handshakes, and those that made room for others."""
         return self._refused
 
     def set_members(self, members: Iterable[bytes]) -> None:
@@ -273,8 +273,7 @@ class Listener:
         self._closed.set()
         self._acceptor.join()
         self._socket.close()
-        for thread in tuple(self._handshakes):
-            thread.join()
+        self._strangers.join()
         with contextlib.suppress(queue.Empty):
             while True:
                 channel = self._ready.get_nowait()
@@ -289,29 +288,23 @@ class Listener:
     def _accept_all(self) -> None:
         while not self._closed.is_set():
             try:
-                connection, _ = self._socket.accept()
+                connection, address = self._socket.accept()
+                self._strangers.receive(connection, str(address[0]), self._admit_one)
             except TimeoutError:
                 continue
             except OSError:  # the caller was gone before we looked, or the system is out of descriptors
                 self._closed.wait(_RETRY_S)
-                continue
-            if not self._places.acquire(blocking=False):
-                self._refuse(connection)
-                continue
-            thread = threading.Thread(target=self._admit_one, args=(connection,), name="yoke-handshake", daemon=True)
-            self._handshakes.add(thread)
-            thread.start()
 
-    def _admit_one(self, connection: socket.socket) -> None:
+    def _admit_one(self, stranger: Stranger) -> None:
         """One caller's handshake, in a thread of its own: a slow one delays nobody."""
         context, ids = self._admit
         try:
-            tune(connection)
-            secured = secure(context, connection, True, time.monotonic() + HANDSHAKE_S, self._closed.is_set)
+            tune(stranger.connection)
+            secured = secure(context, stranger.connection, True, time.monotonic() + HANDSHAKE_S, self._closed.is_set)
             channel = TcpChannel(secured, _peer_id(secured), spin_s=self._spin_s)
             try:
-                if channel.peer not in ids:
-                    raise AdmissionError(f"node {channel.peer} is no member")
+                if channel.peer not in ids or not self._strangers.let_in(stranger):
+                    raise AdmissionError(f"node {channel.peer} is no member, or had to make room")
                 channel.set_timeout(HANDSHAKE_S)
                 channel.send(_ACCEPTED)
                 channel.set_timeout(None)
@@ -320,15 +313,9 @@ class Listener:
                 channel.close()
                 raise
         except (OSError, ValueError, queue.Full, AdmissionError, NodeGone, RemoteProtocolError):
-            self._refuse(connection)
-        finally:
-            self._places.release()
-            self._handshakes.discard(threading.current_thread())
-
-    def _refuse(self, connection: socket.socket) -> None:
-        connection.close()
-        with self._counting:
-            self._refused += 1
+            stranger.connection.close()
+            with self._counting:
+                self._refused += 1
 
 
 def connect(

@@ -36,9 +36,24 @@ class ClusterFile:
     costs: CostModel = COSTS
 
     @property
-    def n_planned(self) -> int:
-        """How many machines the plan by hand needs, the coordinator counted; 1 without one."""
-        return len({self.nodes[0].id, *(node for stage in self.layout or () for node in stage.nodes)})
+    def planned(self) -> tuple[str, ...]:
+        """The names of the machines that the plan by hand needs, the coordinator first; that one alone without a plan."""
+        needed = {node for stage in self.layout or () for node in stage.nodes}
+        return (self.nodes[0].name, *(node.name for node in self.nodes[1:] if node.id in needed))
+
+    def are_there(self, nodes: Sequence[Node]) -> bool:
+        """Whether all machines that the plan by hand needs are among ``nodes``, the coordinator first.
+
+        Raises
+        ------
+        SettingError
+            if the machine that the file lists first is another one than the coordinator.
+        """
+        try:
+            self.layout_over(nodes)
+        except PlacementError:
+            return False
+        return True
 
     def layout_over(self, nodes: Sequence[Node]) -> tuple[StageWish, ...] | None:
         """The plan by hand for real machines, the coordinator first. Each is the one with the id, or else the name, that the file gives.
@@ -47,10 +62,14 @@ class ClusterFile:
         ------
         PlacementError
             if one is not there.
+        SettingError
+            if the machine that the file lists first is another one than the coordinator.
         """
         if self.layout is None:
             return None
         there = {node.name: node.id for node in nodes}
+        if there.get(self.nodes[0].name, nodes[0].id) != nodes[0].id or self.nodes[0].id in {node.id for node in nodes[1:]}:
+            raise SettingError(f"the file's first machine is {self.nodes[0].name}, which has joined {nodes[0].name}; list the machine that serves first")
         real = {listed.id: listed.id if listed.id in there.values() else there.get(listed.name) for listed in self.nodes} | {self.nodes[0].id: nodes[0].id}
         names = {listed.id: listed.name for listed in self.nodes}
         stages = []

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from yoke.node.conduct import Conduct, Hands, LoadSettings
 from yoke.node.desk import Desk
 from yoke.node.door import Door, Guest
 from yoke.node.framing import Bodies
+from yoke.node.linkbook import LinkBook
 from yoke.node.links import WorkerLink, WorkerProcess, introduce
 from yoke.node.membership import Membership
 from yoke.node.model import Model
@@ -83,7 +84,7 @@ class Coordinator:
         self._links: dict[NodeId, WorkerLink] = {}
         self._joined = asyncio.Condition()
         self._desk = Desk()
-        self._surveyor = Surveyor(self._links, identity.id, lambda: not len(self._desk), self._clock)
+        self._surveyor = Surveyor(self._links, identity.id, lambda: not len(self._desk), LinkBook(Path(start.state_dir), self._clock), self._clock)
         self._news: deque[str] = deque(maxlen=20)
         self._model: Model | None = None
         self._context = 0
@@ -147,10 +148,10 @@ class Coordinator:
         """The plan that serves, or served last, and what was predicted of it."""
         return self._conduct.outlook if self._conduct is not None else None
 
-    async def wait_for(self, n_nodes: int) -> None:
-        """Until so many nodes are there, this one counted."""
+    async def wait_for(self, n_nodes: int, are_right: Callable[[Sequence[Node]], bool] = lambda _: True) -> None:
+        """Until so many nodes are there, this one counted, and ``are_right`` says that they are those that were meant."""
         async with self._joined:
-            await self._joined.wait_for(lambda: len(self._members) >= n_nodes)
+            await self._joined.wait_for(lambda: len(self._members) >= n_nodes and are_right(self.nodes))
 
     async def load(self, model: Model, wish: Wish, settings: LoadSettings, by_hand: ClusterFile | None = None) -> Outlook:
         """Plan a model over the nodes that are there (``by_hand`` as long as its nodes are), have every shard loaded, and keep it served, whoever comes and goes.
@@ -168,6 +169,7 @@ class Coordinator:
         conduct = Conduct(model, wish, settings, State(self._policy, wish), self._desk, hands, self._clock)
         conduct.by_hand = by_hand
         self._model, self._context, self._conduct = model, settings.context, conduct
+        self._desk.vocabulary, self._desk.context = model.spec.vocabulary, settings.context
         settled_s = self._clock.monotonic() - self._policy.settle_s  # who is there now has been waited for
         for member in self._members.values():
             conduct.begin(self._joined_event(member), settled_s)
@@ -305,6 +307,7 @@ class Coordinator:
             if other is not member:
                 other.link.post(say.Members(peers=(link.peer,)))
         self._links[link.id] = link
+        self._surveyor.is_done.clear()  # what lies between it and the others is not known yet
         if self._conduct is not None:
             self._conduct.handle(self._joined_event(member))
         self._tasks.start(self._listen(member))
@@ -353,7 +356,7 @@ class Coordinator:
             case say.Answer() | say.Accepted() if self._conduct is None or not self._conduct.is_engine(link):
                 pass
             case say.Answer(id=request_id):
-                self._desk.tell(request_id, _event(message))
+                self._desk.tell(request_id, say.answer_event(message))
             case say.Accepted(id=request_id, prompt=prompt):
                 self._desk.accept(request_id, prompt)
             case say.Status():
@@ -390,10 +393,3 @@ class Coordinator:
 
     def _node(self, member: _Member) -> Node:
         return Node(id=member.link.id, name=member.link.name, device=member.link.ready.device, measured_at=self._clock.epoch(), notes=member.link.ready.notes)
-
-
-def _event(message: say.Answer) -> Event | YokeError:
-    event = message.started or message.piece or message.finished
-    if event is not None:
-        return event
-    return noted_error(message.error) if message.error is not None else RemoteProtocolError("an answer without an event")

@@ -25,10 +25,11 @@ from yoke.net.addresses import local_addresses
 from yoke.net.identity import Identity, admission_server_context
 from yoke.net.invite import MAX_HOSTS, Invite
 from yoke.net.pairing import Code, Codes
+from yoke.net.strangers import source
 from yoke.node.admission import ADMISSION_S, Host, Stream, hear
 from yoke.node.membership import Membership
 from yoke.node.roster import Applicant, Member, Refused, Why
-from yoke.node.turnstile import Turnstile, source
+from yoke.node.turnstile import Turnstile
 
 MAX_KNOCKS = 16
 """Strangers that may be introducing themselves at once."""

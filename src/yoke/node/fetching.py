@@ -85,7 +85,7 @@ def fetch_manifest(digest: bytes, suppliers: Sequence[Supplier]) -> Manifest:
 
 
 def fetch_header(manifest: Manifest, suppliers: Sequence[Supplier]) -> bytes:
-    """The header of the model's file, without the size in front, from the first of ``suppliers`` who has it.
+    """The header of the model's file, without the size in front, from the last resort among ``suppliers``, or else the first who has it.
 
     Raises
     ------
@@ -98,7 +98,8 @@ def fetch_header(manifest: Manifest, suppliers: Sequence[Supplier]) -> bytes:
             raise RemoteProtocolError("gave a header that is not the model's")
         return data[8:]
 
-    return _fetch_whole(Want.HEADER, manifest.digest, MAX_HEADER_BYTES, suppliers, checked)
+    whoever = [supplier for supplier in suppliers if supplier.is_last_resort] or suppliers  # the coordinator has the file
+    return _fetch_whole(Want.HEADER, manifest.digest, MAX_HEADER_BYTES, whoever, checked)
 
 
 def _fetch_whole(want: Want, digest: bytes, most_bytes: int, suppliers: Sequence[Supplier], checked: Callable[[bytes], PieceT]) -> PieceT:

@@ -72,7 +72,7 @@ async def open_coordinator(
     async with coordinator:
         on_ready(coordinator)
         async with _local_nodes(coordinator, settings, layout):
-            await coordinator.wait_for(max(layout.nodes, layout.local_nodes))
+            await coordinator.wait_for(max(layout.nodes, layout.local_nodes), layout.by_hand.are_there if layout.by_hand is not None else lambda _: True)
             yield coordinator
 
 

@@ -16,7 +16,7 @@ from yoke.core.plan import Plan
 from yoke.core.request import Event, Finished, Piece, Request, StageTimes, Started
 from yoke.net.group import WireType
 from yoke.node.framing import framed
-from yoke.node.notes import ErrorNote, error_note
+from yoke.node.notes import ErrorNote, error_note, noted_error
 from yoke.run.intake import Resume
 
 MessageT = TypeVar("MessageT")
@@ -333,3 +333,11 @@ def event_answer(request_id: str, event: Event | YokeError) -> Answer:
             return Answer(id=request_id, finished=event)
         case YokeError():
             return Answer(id=request_id, error=error_note(event))
+
+
+def answer_event(answer: Answer) -> Event | YokeError:
+    """What an answer tells; an error if it tells nothing."""
+    event = answer.started or answer.piece or answer.finished
+    if event is not None:
+        return event
+    return noted_error(answer.error) if answer.error is not None else RemoteProtocolError("an answer without an event")

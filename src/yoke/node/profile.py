@@ -27,12 +27,15 @@ FILE_NAME = "profile.json"
 DEFAULT_TYPES = ("Q4_0", "Q8_0", "F16", "Q4_K")
 INTRODUCTION_S, WHOLE_S = 0.8, 8.0
 MAX_AGE_S = 30 * 86400.0
+DISTURBED_AGE_S = 3600.0
+"""How long a measurement holds during which other programs computed: long enough for a cluster that is started again, short enough to be mended soon."""
+
 MAX_FILE_BYTES, MAX_ENTRIES = 1 << 20, 16
 MAX_PER_S = 1e15
 """More bytes or operations a second than any chip has; what claims more was not measured."""
 
 QUIET_SHARE = 0.1
-"""What others may compute meanwhile, as a share of the machine's cores, for a measurement to be worth keeping."""
+"""What others may compute meanwhile, as a share of the machine's cores, for a measurement to hold for long."""
 
 Tell = Callable[[str, float], None]
 
@@ -50,12 +53,13 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured: rates by device, and bytes a second from the disk; None where that is not known."""
+    """What was measured: rates by device, and bytes a second from the disk; None where that is not known. ``busy_cores`` is what others took, if too much."""
 
     key: Key
     measured_at: float
     rates: dict[str, tuple[Rate, ...]]
     disk_read_bytes_per_s: float | None = None
+    busy_cores: float = 0.0
 
 
 class Book(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,7 +105,7 @@ def silent(_what: str, _share: float) -> None:
 
 
 def take_profile(backend: Backend, directory: Path, ask: Ask, *, tell: Tell = silent, clock: Clock | None = None) -> Profile:
-    """What is kept in ``directory``, and the rest measured now and kept there; not if other programs computed meanwhile: then it is measured again next time.
+    """What is kept in ``directory``, and the rest measured now and kept there; for an hour only, if other programs computed meanwhile.
 
     Parameters
     ----------
@@ -130,10 +134,11 @@ def take_profile(backend: Backend, directory: Path, ask: Ask, *, tell: Tell = si
     measured = tuple(_news(entry, found))
     if measured:
         busy = others.cores()
-        if busy <= QUIET_SHARE * key.cores:
-            write_book(path, with_entry(book, found))
-        else:
-            notes.append(f"while its speed was measured, other programs kept {busy:.1f} of its {key.cores} cores busy: it may be faster than that")
+        if busy > QUIET_SHARE * key.cores:
+            found = msgspec.structs.replace(found, measured_at=clock.epoch(), busy_cores=max(entry.busy_cores, busy))
+        write_book(path, with_entry(book, found))
+    if found.busy_cores:
+        notes.append(f"while its speed was measured, other programs kept {found.busy_cores:.1f} of its {key.cores} cores busy: it may be faster than that")
     devices = tuple(_devices(backend, chips, found, ask.weight_types))
     if not devices:
         raise BackendError(
@@ -157,7 +162,7 @@ def key_of(backend: Backend, chips: tuple[Chip, ...]) -> Key:
 
 def find(book: Book, key: Key, now: float) -> Entry | None:
     """What is known for ``key`` at ``now``, seconds since the epoch, and not too old."""
-    return next((entry for entry in book.entries if entry.key == key and 0 <= now - entry.measured_at <= MAX_AGE_S), None)
+    return next((e for e in book.entries if e.key == key and 0 <= now - e.measured_at <= (DISTURBED_AGE_S if e.busy_cores else MAX_AGE_S)), None)
 
 
 def with_entry(book: Book, entry: Entry) -> Book:

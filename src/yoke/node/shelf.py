@@ -48,7 +48,7 @@ class FileShelf:
     def __init__(self, file: GgufFile, manifest: Manifest) -> None:
         if manifest.header.hex() != file.digest:
             raise ModelError(f"{file.path} is not the file of model {manifest.digest.hex()[:12]}; make its manifest anew")
-        self._file, self._manifest = file, manifest
+        self._file, self._manifest, self._header = file, manifest, file.header  # once, however many ask
         self._turn = threading.Lock()
         self._recent: list[str] = []
 
@@ -60,7 +60,7 @@ class FileShelf:
     @property
     def header(self) -> bytes:
         """The file's."""
-        return self._file.header
+        return self._header
 
     def bitmap(self) -> bytes:
         """All ones, as far as there are tiles."""

@@ -32,7 +32,7 @@ class Survey:
     """The links of a cluster. Times are of the monotonic clock."""
 
     def __init__(self) -> None:
-        self._entries: dict[Pair, _Entry] = {}
+        self._entries: dict[frozenset[NodeId], _Entry] = {}
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -56,18 +56,18 @@ class Survey:
             Link(source=one, target=other, rtt_s=rtt_s, bandwidth_bytes_per_s=there_bytes_per_s),
             Link(source=other, target=one, rtt_s=rtt_s, bandwidth_bytes_per_s=back_bytes_per_s),
         )
-        self._entries[pair] = _Entry(now_s + REFRESH_S, links)
+        self._entries[frozenset(pair)] = _Entry(now_s + REFRESH_S, links)
 
     def failed(self, pair: Pair, now_s: float) -> None:
         """A pair could not be measured: what was known of it stays."""
-        self._entries[pair] = _Entry(now_s + RETRY_S, self._entry(pair).links)
+        self._entries[frozenset(pair)] = _Entry(now_s + RETRY_S, self._entry(pair).links)
 
     def keep(self, nodes: Collection[NodeId]) -> None:
         """Forget the links of those who are gone: they may come back elsewhere."""
-        self._entries = {pair: entry for pair, entry in self._entries.items() if pair[0] in nodes and pair[1] in nodes}
+        self._entries = {pair: entry for pair, entry in self._entries.items() if all(node in nodes for node in pair)}
 
     def _entry(self, pair: Pair) -> _Entry:
-        return self._entries.get(pair) or _Entry(0.0)
+        return self._entries.get(frozenset(pair)) or _Entry(0.0)
 
 
 def _pairs(nodes: Sequence[NodeId]) -> Iterator[Pair]:

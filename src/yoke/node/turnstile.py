@@ -1,8 +1,9 @@
 """How often strangers may knock and guess: token buckets, for each source address and for all together. Knows no socket; the time is an argument."""
 
-import ipaddress
 from collections import OrderedDict
 from dataclasses import dataclass
+
+from yoke.net.strangers import source
 
 KNOCKS, KNOCKS_PER_S = 30.0, 2.0
 """What one address may do at once and for long. A member that lost its cluster knocks once in 5 s; eight behind one router, at once."""
@@ -85,19 +86,3 @@ class Turnstile:
                 self._sources.popitem(last=False)
         self._sources.move_to_end(name)
         return bucket
-
-
-def source(host: str) -> str:
-    """Whom an address is counted as: an IPv4 address as itself, also when written as IPv6; an IPv6 address as its network of 64 bits.
-
-    One machine may have such a network to itself, and as many addresses in it as it likes.
-    """
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)

@@ -25,11 +25,12 @@ class CostModel:
     Attributes
     ----------
     exchange_s : what a message costs beyond half of a round trip that was measured between two processes (which has waking up and encryption in it) and its
-        bytes: two ranks on loopback exchange in 50 to 65 us where a round trip takes 70 to 90 us, and over an emulated 1 Gbit/s in 0.41 ms where it takes 0.70 ms.
-    engine_s : choosing and embedding the next step, and handing out its tokens (0.6 ms).
+        bytes. Round trips are measured one right after the other; messages come after computing, which has taken the caches: 8 KB between two ranks take 30 us of
+        a core's time one after the other and 70 us more after a pause of 1.5 ms (of which loopback hides most: 50 to 65 us where a round trip takes 70 to 90).
+    engine_s : choosing and embedding the next step, and handing out its tokens: what a token takes beyond what the stages compute (0.35 ms with drawing).
     draw_s : drawing one token from its logits.
-    boundary_s : crossing from one stage to the next, or back to the first, beyond the message: the cores there have slept (two stages lose 2.2 ms a token in two
-        crossings, of which 0.1 ms each is the message).
+    boundary_s : crossing from one stage to the next, or back to the first, beyond the message: the threads there have slept (0.35 ms a crossing on loopback, of
+        which 0.1 ms is the message; 0.5 ms more than the message over an emulated 1 Gbit/s).
     unmeasured_rtt_s, unmeasured_bytes_per_s : taken for links that nobody has measured: wired, 1 Gbit/s, 0.2 ms and twice 0.1 ms for the processes at its ends.
     unmeasured_flop_per_byte : operations a second for each byte a second of a matrix-vector product, where no rate was measured: 8 with one thread, 11 with two
         (prompts of 512 tokens read at 68 and 135 tokens/s by a machine that decodes at 26 and 42 tokens/s).
@@ -41,10 +42,10 @@ class CostModel:
     token_bytes : a drawn token on its way back; best_bytes : a rank's likeliest token and its logit.
     """
 
-    exchange_s: float = 2e-5
-    engine_s: float = 6e-4
+    exchange_s: float = 5e-5
+    engine_s: float = 3e-4
     draw_s: float = 5e-5
-    boundary_s: float = 1e-3
+    boundary_s: float = 4e-4
     unmeasured_rtt_s: float = 4e-4
     unmeasured_bytes_per_s: float = 110e6
     unmeasured_flop_per_byte: float = 8.0

@@ -19,7 +19,7 @@ ENDLESS_BYTES = 1 << 60
 
 
 def forced_stages(nodes: Sequence[Node], wish: Wish) -> tuple[StageWish, ...]:
-    """The stages that a wish forces: those by hand, or its grid over the first nodes, in their order.
+    """The stages that a wish forces: those by hand, or its grid over the first nodes, in their order if shares are given by it.
 
     What is not said of a grid's stages and ranks follows from the number of shares, or of nodes.
 
@@ -35,7 +35,9 @@ def forced_stages(nodes: Sequence[Node], wish: Wish) -> tuple[StageWish, ...]:
     stages = wish.stages if wish.stages is not None else max(1, len(nodes) // (ranks or 1))
     ranks = ranks if ranks is not None else max(1, len(nodes) // stages)
     check_grid(len(nodes), stages, ranks, wish.shares)
-    ids = [node.id for node in nodes]
+    ids = [node.id for node in nodes[: stages * ranks]]
+    if wish.shares is None:  # who came when does not matter: a cluster that starts again has the same plan, and the weights where they were
+        ids[1:] = sorted(ids[1:])
     return tuple(StageWish(nodes=tuple(ids[stage * ranks : (stage + 1) * ranks]), shares=wish.shares) for stage in range(stages))
 
 

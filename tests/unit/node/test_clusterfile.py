@@ -90,11 +90,15 @@ def test_plan_by_hand_is_for_machines_by_id_or_name(file: Path) -> None:
     assert layout is not None
     assert [stage.nodes for stage in layout] == [(own.id, desktop.id), (other.id,)]
     assert (layout[0].shares, layout[0].blocks) == ((1, 3), 20)
-    assert cluster.n_planned == 3
+    assert cluster.planned == ("laptop", "desktop", "attic")
+    assert cluster.are_there([own, renamed, other])
+    assert not cluster.are_there([own, renamed])
+    with pytest.raises(SettingError, match="list the machine that serves first"):
+        cluster.are_there([own, renamed, replace(other, name="laptop")])
     with pytest.raises(PlacementError, match="needs attic, which is not there; there are whatever, renamed"):
         cluster.layout_over([own, renamed])
     free = read_cluster(written(file, "nodes: [{name: a, memory: 1 GB, speed: 1 GB/s}]"))
-    assert (free.layout_over([own]), free.n_planned) == (None, 1)
+    assert (free.layout_over([own]), free.planned) == (None, ("a",))
 
 
 def test_example_in_the_manual_is_a_file(file: Path) -> None:

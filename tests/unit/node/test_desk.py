@@ -1,8 +1,10 @@
 """What the asker has heard is enough to go on elsewhere, and nobody hears anything twice."""
 
+from collections.abc import Callable
+
 import pytest
 
-from yoke.core.errors import NodeGone, RequestError
+from yoke.core.errors import NodeGone, RemoteProtocolError, RequestError
 from yoke.core.request import Finished, FinishReason, Piece, Request, Started
 from yoke.node.desk import Desk
 from yoke.run.intake import Resume
@@ -58,3 +60,28 @@ def test_error_for_all_ends_all() -> None:
     desk.tell_all(gone)
     assert len(desk) == 0
     assert [ticket.events.get_nowait() for ticket in tickets] == [gone] * 3
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda desk: desk.accept("r", ()),
+        lambda desk: desk.accept("r", (1, 100)),
+        lambda desk: desk.accept("r", (1,) * 10),
+        lambda desk: desk.tell("r", piece(-1)),
+        lambda desk: desk.tell("r", piece(*range(9))),
+        lambda desk: desk.tell("unread", Started(prompt_tokens=2)),
+    ],
+    ids=["no prompt", "no token", "no room", "no token drawn", "too many drawn", "begun unread"],
+)
+def test_what_another_engine_could_not_go_on_from_is_refused(lie: Callable[[Desk], None]) -> None:
+    desk = Desk()
+    desk.vocabulary, desk.context = 100, 10
+    ticket = desk.open(request())
+    desk.open(request("unread"))
+    desk.accept("r", (1, 99))
+    desk.tell("r", Started(prompt_tokens=2))
+    with pytest.raises(RemoteProtocolError):
+        lie(desk)
+    desk.tell("r", piece(*range(8)))
+    assert ticket.resume == Resume(prompt=(1, 99), drawn=tuple(range(8)))

@@ -14,7 +14,22 @@ from yoke.backends.ops import ATTENTION, Chip
 from yoke.core.errors import BackendError, SettingError
 from yoke.core.node import Rate
 from yoke.node import profile
-from yoke.node.profile import FILE_NAME, MAX_AGE_S, Ask, Book, Entry, Key, find, introduction, read_book, take_profile, thread_counts, with_entry, write_book
+from yoke.node.profile import (
+    DISTURBED_AGE_S,
+    FILE_NAME,
+    MAX_AGE_S,
+    Ask,
+    Book,
+    Entry,
+    Key,
+    find,
+    introduction,
+    read_book,
+    take_profile,
+    thread_counts,
+    with_entry,
+    write_book,
+)
 
 CPU = Chip(name="CPU", description="a chip", free_bytes=8 << 30, threads=3, is_host=True)
 GPU = Chip(name="GPU0", description="a card", free_bytes=4 << 30, threads=1, is_host=False)
@@ -130,13 +145,15 @@ def test_an_old_profile_is_measured_anew(tmp_path, clock):
     assert take_profile(CountingBackend(CPU), tmp_path, introduction(), clock=clock).measured == ("CPU Q4_0", f"CPU {ATTENTION}")
 
 
-def test_what_was_measured_beside_other_programs_is_used_but_not_kept(tmp_path, clock, others):
+def test_what_was_measured_beside_other_programs_is_kept_for_an_hour(tmp_path, clock, others):
     others["cores"] = 64.0
     busy = take_profile(CountingBackend(CPU), tmp_path, introduction(), clock=clock)
     assert busy.devices
     assert any("other programs kept 64.0" in note for note in busy.notes)
-    assert not (tmp_path / FILE_NAME).exists()
     others["cores"] = 0.0
+    again = take_profile(CountingBackend(CPU), tmp_path, introduction(), clock=clock)
+    assert (again.measured, again.notes) == ((), busy.notes)
+    clock.now += DISTURBED_AGE_S + 1
     calm = take_profile(CountingBackend(CPU), tmp_path, introduction(), clock=clock)
     assert calm.measured
     assert not any("other programs" in note for note in calm.notes)

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yoke.node.turnstile import GUESSES, KNOCKS, KNOCKS_PER_S, MAX_SOURCES, WRONG_COST, Turnstile, source
+from yoke.net.strangers import source
+from yoke.node.turnstile import GUESSES, KNOCKS, KNOCKS_PER_S, MAX_SOURCES, WRONG_COST, Turnstile
 
 
 def n_knocks(turnstile: Turnstile, host: str, now_s: float, most: int = 10_000) -> int:

@@ -136,7 +136,7 @@ def test_slow_link_is_not_worth_it(world: SimpleNamespace) -> None:
     nodes = [world.node_of(1), world.node_of(2)]
     outlook = make_plan(world.spec_of(), nodes, world.links_of(nodes, 0.02), Wish(n_cells=4096))
     assert len(outlook.plan.stages) == 1
-    assert "node-2 is left out: it streams 20.0 GB/s and a message to it takes 10.02 ms" in outlook.left_out[nodes[1].id]
+    assert "node-2 is left out: it streams 20.0 GB/s and a message to it takes 10.05 ms" in outlook.left_out[nodes[1].id]
 
 
 def test_slow_node_is_left_out_with_its_reason(world: SimpleNamespace) -> None:
