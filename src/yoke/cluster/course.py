@@ -265,7 +265,8 @@ class Course:
             self._order_standbys()
             return
         weighing = self.policy.weigh(served.seconds_with(self.roster.nodes(served.seats)), seating.seconds_per_token, made.moving_s)
-        is_wished = made.is_wished and _grid(seating.plan) != _grid(served.plan)
+        asked = _machines if made.is_by_hand else _grid
+        is_wished = made.is_wished and asked(seating.plan) != asked(served.plan)
         is_made = weighing.is_worth_it or bool(leavers) or is_wished
         self._say(f"{why}: {weighing.text}: the plan {'changes' if is_made else 'stays'}")
         if not is_made:
@@ -387,6 +388,11 @@ class Course:
         self.out.append(m.FailStreams(error=error))
 
 
-def _grid(plan: Plan) -> tuple[int, ...]:
+def _machines(plan: Plan) -> tuple[object, ...]:
+    """Who is in each stage, in the order of ranks: what a person has written down."""
+    return tuple(tuple(shard.node for shard in stage.shards) for stage in plan.stages)
+
+
+def _grid(plan: Plan) -> tuple[object, ...]:
     """How many ranks each stage has: what a person may have wished for."""
     return tuple(len(stage.shards) for stage in plan.stages)

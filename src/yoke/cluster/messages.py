@@ -55,7 +55,7 @@ class Measured:
 class PlanMade:
     """The answer to `MakePlan`. ``moving_s`` is how long loading is predicted to take: 0 if nothing moves.
 
-    A plan that ``is_wished`` has the layout that a person asked for: it replaces one that has not, whatever it costs.
+    A plan that ``is_wished`` has the layout that a person asked for: it replaces one that has not, whatever it costs. ``is_by_hand``: it has the machines too.
     """
 
     version: int
@@ -63,6 +63,7 @@ class PlanMade:
     seconds_per_token: float
     moving_s: float
     is_wished: bool = False
+    is_by_hand: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -203,7 +203,16 @@ class Conduct:
             return
         self._outlooks = {version: outlook} | {v: o for v, o in self._outlooks.items() if o is self.outlook}
         moving = moving_s(served, outlook.plan, Machine.of(nodes, links), self._own)
-        self.handle(to_do.PlanMade(version=version, plan=outlook.plan, seconds_per_token=outlook.seconds_per_token, moving_s=moving, is_wished=is_wished))
+        self.handle(
+            to_do.PlanMade(
+                version=version,
+                plan=outlook.plan,
+                seconds_per_token=outlook.seconds_per_token,
+                moving_s=moving,
+                is_wished=is_wished,
+                is_by_hand=self.by_hand is not None,
+            )
+        )
 
     async def _offer(self) -> None:
         """Have the manifest, and the own worker ready to give others their part of the file, before anybody is told to fetch it."""

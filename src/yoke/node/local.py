@@ -15,7 +15,7 @@ from pathlib import Path
 
 from yoke.backends.ggml.backend import physical_cores
 from yoke.cluster.state import Policy
-from yoke.core.errors import NodeGone, SettingError
+from yoke.core.errors import ModelError, NodeGone, SettingError
 from yoke.core.settings import Settings
 from yoke.net.addresses import local_addresses
 from yoke.net.group import WireType
@@ -28,6 +28,7 @@ from yoke.node.coordinator import Coordinator
 from yoke.node.model import Model
 from yoke.node.profile import Tell, silent
 from yoke.planner import Wish
+from yoke.run.chat import ChatTemplate
 
 JOIN_S = 60.0
 END_S = 4.0  # longer than a node gives its own worker
@@ -141,14 +142,15 @@ def load_settings(settings: Settings, context: int, cells: int) -> LoadSettings:
     Raises
     ------
     SettingError
-        if the chat template's file cannot be read.
+        if the chat template's file cannot be read, or is no template.
     """
     template = None
     if settings.chat_template:
         try:
             template = Path(settings.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingError(f"chat_template {settings.chat_template!r} cannot be read: {error}") from error
+            ChatTemplate(template, bos="", eos="")  # what is wrong with it is told here, wherever the engine will be
+        except (OSError, UnicodeDecodeError, ModelError) as error:
+            raise SettingError(f"chat_template {settings.chat_template!r} cannot be used: {error}") from error
     return LoadSettings(
         n_cells=cells,
         chunk=min(settings.chunk, cells),

@@ -232,6 +232,38 @@ def test_a_layout_that_a_person_wished_for_replaces_another_whatever_it_costs() 
     assert "the plan stays" in why(commands), "the layout that serves is the wished one already"
 
 
+def test_a_plan_by_hand_comes_back_with_the_machines_that_it_names() -> None:
+    table, _ = serving(OWN, C, seconds=0.1)
+    asked = asked_for_newcomer(table, B)
+    by_hand = pipeline((OWN, B), asked.version)
+    made = m.PlanMade(version=asked.version, plan=by_hand, seconds_per_token=0.1, moving_s=1.0, is_wished=True, is_by_hand=True)
+    assert [type(command) for command in table.do(made)] == [m.Note, m.Prepare]
+
+
+def test_the_coordinators_worker_that_dies_while_others_load_without_it_starts_all_over() -> None:
+    """It gives them the model: nobody of them is to blame."""
+    table = Table(OWN, B, C)
+    table.wait(0.5)
+    plan = pipeline((B, C), 1)
+    table.made(plan)
+    commands = table.do(m.Lost(id=OWN.id, why="own is gone"))
+    assert [command for command in commands if isinstance(command, m.StandDown)] == [m.StandDown(version=1, ids=(B.id, C.id))]
+    assert not [command for command in commands if isinstance(command, m.MakePlan)], "not before it is back"
+    again = table.do(m.Joined(node=OWN, is_coordinator=True))
+    assert [len(command.nodes) for command in [*again, *table.wait(1.0)] if isinstance(command, m.MakePlan)] == [3]
+
+
+def test_a_coordinator_that_has_waited_in_vain_blames_those_who_were_not_ready() -> None:
+    table = Table(OWN, B)
+    table.wait(0.5)
+    table.made(pipeline((B, OWN), 1))
+    commands = table.do(m.LoadFailed(version=1, id=OWN.id, error=NodeGone("B did not come")))
+    for node in (OWN, B):
+        commands += table.do(m.Heard(id=node.id))
+    assert "B cannot do its part" in why(commands) or f"{B.name} cannot do its part" in why(commands)
+    assert not [command for command in commands if isinstance(command, m.FailStreams)]
+
+
 def test_no_other_plan_fits_and_the_one_that_serves_stays() -> None:
     table, plan = serving(OWN, B)
     asked = asked_for_newcomer(table, C)
