@@ -325,8 +325,11 @@ def throw(port, data):
 
 @pytest.fixture
 def waiting(yoke, kjv):
-    """A server that waits for a node, with its ports open, and its invite."""
-    server = yoke.start("serve", kjv, "--port", 0, "--nodes", 2, "--stages", 2, "--cluster-host", "127.0.0.1")
+    """A server that waits for a node, with its ports open, and its invite; ``http`` is the port of its API."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = yoke.start("serve", kjv, "--port", port, "--nodes", 2, "--stages", 2, "--cluster-host", "127.0.0.1")
+    server.http = port
     return server, Invite.decode(server.wait_for(r"yoke join (\S+)")[1])
 
 
@@ -341,7 +344,7 @@ def check_still_works(server, invite, make_yoke, kjv):
 
 def test_noise_at_the_ports_keeps_nobody_out(yoke, make_yoke, waiting, kjv):
     server, invite = waiting
-    ports = listening(yoke)
+    ports = listening(yoke) - {server.http}
     assert invite.port in ports
     assert len(ports) == 2
     held = [socket.create_connection(("127.0.0.1", port)) for port in ports for _ in range(4)]
@@ -355,7 +358,7 @@ def test_noise_at_the_ports_keeps_nobody_out(yoke, make_yoke, waiting, kjv):
 
 def test_a_stranger_with_a_key_of_its_own_is_not_let_in_at_the_data_port(yoke, make_yoke, waiting, kjv, tmp_path):
     server, invite = waiting
-    (port,) = listening(yoke) - {invite.port}
+    (port,) = listening(yoke) - {invite.port, server.http}
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.load_cert_chain(Identity.load_or_create(tmp_path / "stranger").pem_path)

@@ -5,6 +5,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 pytestmark = pytest.mark.processes
@@ -153,6 +154,23 @@ def test_a_machine_that_is_asked_to_leave_hands_over_first(yoke, make_yoke, kjv,
     assert server.complete(PROMPTS[0], 40) == text
     assert "joined no cluster" in attic.run("leave", code=2).err
     assert server.stop() == 130
+
+
+def test_machines_are_invited_and_seen_while_they_are_waited_for(yoke, make_yoke, kjv, server_kind, wait_until):
+    server = yoke.start("serve", kjv, "--port", 0, "--nodes", 2, "--cluster-host", "127.0.0.1", kind=server_kind)
+    server.wait_for("waiting until 2 nodes", stream="err")
+    wait_until(lambda: list(yoke.home.rglob("serving.json")), "the API did not open")
+    status = json.loads(yoke.run("status", "--json").out)
+    assert (status["phase"], status["model"]) == ("starting", None)
+    url = json.loads(next(yoke.home.rglob("serving.json")).read_text())["url"]
+    with httpx.Client(base_url=url) as client:
+        assert client.get("/health").status_code == 503
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+    invite = yoke.run("nodes", "invite").out.split()[2]
+    member = make_yoke("attic").start("join", invite, "--name", "attic")
+    assert server.ready().complete(PROMPTS[0], 8)
+    assert server.stop() == 130
+    assert member.wait(10) == 0
 
 
 def test_nodes_are_shown_invited_and_removed(yoke, make_yoke, kjv, server_kind, wait_until):

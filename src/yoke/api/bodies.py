@@ -183,14 +183,14 @@ def find_model(name: str | None, cards: Sequence[ModelCard]) -> ModelCard:
     RequestError
         with status 404 if no card has the name, 503 if nothing is loaded, 400 if a name is needed to choose.
     """
+    if not cards:
+        raise RequestError("no model is loaded yet; ask again later", field="model", status=503)
     if name:
         for card in cards:
             if card.name == name:
                 return card
-        loaded = ", ".join(card.name for card in cards) or "none"
+        loaded = ", ".join(card.name for card in cards)
         raise RequestError(f"model {name[:200]!r} is not loaded; loaded: {loaded}", field="model", status=404)
-    if not cards:
-        raise RequestError("no model is loaded yet; ask again later", field="model", status=503)
     if len(cards) > 1:
         raise RequestError(f"model is missing and several are loaded; choose one of {', '.join(card.name for card in cards)}", field="model")
     return cards[0]

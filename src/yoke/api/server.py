@@ -93,8 +93,7 @@ async def serve_http(
     """
     check_host(host, has_key=getattr(app.state, "has_key", False))
     with bound or await bind_http(host, port) as listener:
-        number = listener.getsockname()[1]
-        url = f"http://[{host.strip('[]')}]:{number}" if ":" in host else f"http://{host}:{number}"
+        url = url_of(host, listener)
         server = _Server(app, (lambda: ready(url)) if ready else (lambda: None))
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(server.serve(sockets=[listener]))
@@ -105,6 +104,12 @@ async def serve_http(
                 await serving
                 await server.last_answers()
                 raise
+
+
+def url_of(host: str, bound: socket.socket) -> str:
+    """The base URL of a socket that `bind_http` gave for ``host``."""
+    number = bound.getsockname()[1]
+    return f"http://[{host.strip('[]')}]:{number}" if ":" in host else f"http://{host}:{number}"
 
 
 class _Server(uvicorn.Server):

@@ -1,5 +1,6 @@
 """``yoke serve``: the HTTP API over a model on this machine and those that join it."""
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from yoke.api.gate import is_loopback
-from yoke.api.server import bind_http, check_host, create_app, serve_http
+from yoke.api.server import bind_http, check_host, create_app, serve_http, url_of
 from yoke.cli import options
 from yoke.cli.opening import loaded_cluster, run_until_signal
 from yoke.cli.qr import qr_text
@@ -110,18 +111,33 @@ async def _serve(path: Path, settings: Settings, layout: Layout, shown: Shown) -
 
 
 async def _serve_at(bound: socket.socket, path: Path, settings: Settings, layout: Layout, shown: Shown) -> None:
-    async with loaded_cluster(path, settings, layout, on_ready=lambda cluster: _invite(cluster, layout, shown)) as cluster:
-        admin_key = secrets.token_urlsafe(ADMIN_KEY_BYTES)
-        app = create_app(cluster, key=settings.api_key or None, admin_key=admin_key)
-        async with contextlib.AsyncExitStack() as stack:
+    """The API answers, and the cluster is found, from when others may join: `yoke nodes` makes invites and codes while machines are waited for."""
+    front: asyncio.Task[None] | None = None
 
-            def ready(url: str) -> None:
-                stack.enter_context(left_word(state_directory(settings, os.environ), url, admin_key))
-                typer.echo(f"serving {path.stem} at {url}")
+    def opened(cluster: Coordinator) -> None:
+        nonlocal front
+        front = asyncio.create_task(_front(bound, cluster, settings, is_open=layout.is_open))
+        _invite(cluster, layout, shown)
 
-            if layout.is_open and not all(map(is_loopback, (door := cluster.door).hosts)):
-                await stack.enter_async_context(announced(door.node, machine_name(), door.hosts, door.port, note=_log))
-            await serve_http(app, host=settings.host, bound=bound, ready=ready)
+    try:
+        async with loaded_cluster(path, settings, layout, on_ready=opened):
+            typer.echo(f"serving {path.stem} at {url_of(settings.host, bound)}")
+            if front is not None:
+                await front
+    finally:
+        if front is not None:
+            front.cancel()
+            await asyncio.gather(front, return_exceptions=True)
+
+
+async def _front(bound: socket.socket, cluster: Coordinator, settings: Settings, *, is_open: bool) -> None:
+    admin_key = secrets.token_urlsafe(ADMIN_KEY_BYTES)
+    app = create_app(cluster, key=settings.api_key or None, admin_key=admin_key)
+    async with contextlib.AsyncExitStack() as stack:
+        if is_open and not all(map(is_loopback, (door := cluster.door).hosts)):
+            await stack.enter_async_context(announced(door.node, machine_name(), door.hosts, door.port, note=_log))
+        place = state_directory(settings, os.environ)
+        await serve_http(app, host=settings.host, bound=bound, ready=lambda url: stack.enter_context(left_word(place, url, admin_key)))
 
 
 def _log(text: str) -> None:

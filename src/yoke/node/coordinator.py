@@ -14,7 +14,7 @@ import msgspec
 from yoke.cluster import messages as to_do
 from yoke.cluster.state import Policy, State
 from yoke.core.clock import Clock, SystemClock
-from yoke.core.errors import AdmissionError, RemoteProtocolError, RequestError, YokeError
+from yoke.core.errors import AdmissionError, NodeError, RemoteProtocolError, RequestError, YokeError
 from yoke.core.node import Node, NodeId
 from yoke.core.request import ClusterStatus, Event, Finished, ModelCard, Request, StageTimes
 from yoke.net.identity import Identity
@@ -195,7 +195,9 @@ class Coordinator:
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Answer a request; closing the iterator cancels it. While machines are lost and found again, the answer pauses."""
-        if self._conduct is None or self._model is None or request.model != self._model.spec.name:
+        if self._conduct is None or self._model is None:
+            raise NodeError("no model is loaded yet: machines are waited for, or measured; ask again when /health says ok")
+        if request.model != self._model.spec.name:
             raise RequestError(f"model {request.model!r} is not loaded; loaded are {[card.name for card in self.models()]}", field="model", status=404)
         ticket = self._desk.open(request)
         is_over = False
