@@ -98,6 +98,7 @@ class Alarm:
     """Waits for a socket to become readable, or for another thread to ring. Close it when the socket is closed."""
 
     def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
         self._ear.setblocking(False)
@@ -106,12 +107,12 @@ class Alarm:
         self._selector.register(self._ear, selectors.EVENT_READ)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether something happened in that time: the socket is readable, or somebody rang."""
-        ready = self._selector.select(timeout_s)
-        if any(key.fileobj is self._ear for key, _ in ready):
+        """Whether the socket is readable. Returns before the time is over if it is, or if somebody rings, or has rung since the last call."""
+        ready = [key.fileobj for key, _ in self._selector.select(timeout_s)]
+        if self._ear in ready:
             with contextlib.suppress(BlockingIOError):
                 self._ear.recv(4096)
-        return bool(ready)
+        return self._connection in ready
 
     def ring(self) -> None:
         """Let `wait` return, from any thread."""

@@ -163,12 +163,16 @@ class TcpChannel:
             self._wait(self._wait_readable, deadline)
         self._nap.end()
 
+    def _is_woken(self, timeout_s: float) -> bool:
+        """Whether there is something to read, or a nudge. A ring alone is neither: it may be left from a nudge that was noticed before it rang."""
+        return (self._alarm is not None and self._alarm.wait(timeout_s)) or self._is_nudged
+
     def _is_readable(self) -> bool:
         """Whether the socket has something; waits until it has, or the alarm rings, or it is time to look."""
         if self._alarm is None:
             return True
         try:
-            is_readable = self._nap.doze(self._alarm.wait) or self._alarm.wait(LOOK_S)
+            is_readable = self._nap.doze(self._is_woken) or self._is_woken(LOOK_S)
             self._nap.end()
             return (is_readable and not self._is_nudged) or is_silent(self._socket)
         except (OSError, ValueError):
