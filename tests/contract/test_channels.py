@@ -68,6 +68,26 @@ def test_tcp_channel_keeps_the_contract(listener, nodes, spin_s):
     check_channel(lambda: pair(listener, nodes, spin_s=spin_s))
 
 
+@pytest.mark.parametrize("spin_s", [0.0, 1e-4])
+def test_a_ring_that_is_left_from_an_earlier_nudge_is_no_message(listener, nodes, spin_s):
+    """A nudge is marked before it rings, so that whoever waits may notice the mark first: the ring then comes in the next wait."""
+    here, there = pair(listener, nodes, spin_s=spin_s)
+    with contextlib.closing(here), contextlib.closing(there):
+        here.nudge()
+        assert not here.await_bytes()
+        here._alarm.ring()
+        woken = []
+        waiting = threading.Thread(target=lambda: woken.append(here.await_bytes()))
+        waiting.start()
+        waiting.join(0.3)
+        assert not woken, "there is nothing to receive"
+        here.nudge()
+        waiting.join(10)
+        assert woken == [False]
+        there.send(b"x")
+        assert here.await_bytes()
+
+
 def test_each_end_knows_the_other_by_its_key(listener, nodes):
     here, there = pair(listener, nodes)
     with contextlib.closing(here), contextlib.closing(there):

@@ -77,7 +77,8 @@ class PackIndex:
         """Take in the records that are new, as far as the pack of ``pack_bytes`` reaches, and up to the tile at ``stop``; whether those are all."""
         data = read_at(self._file, 0, _RECORDS_START)[HEAD_BYTES:]
         n_synced, check = _SYNCED.unpack(data) if len(data) == _SYNCED.size else (0, 0)
-        self.synced = n_synced if check == _check(n_synced, 0) else 0
+        # A pack that is shorter than what was known to be on the disk is not that pack any more: then nothing is known of it.
+        self.synced = n_synced if check == _check(n_synced, 0) and n_synced <= pack_bytes else 0
         start = self.n_file_bytes
         data = read_at(self._file, start, max(0, os.fstat(self._file.fileno()).st_size - start))
         for number, check in _RECORD.iter_unpack(data[: len(data) // RECORD_BYTES * RECORD_BYTES]):

@@ -137,11 +137,21 @@ def test_a_torn_tail_is_cut_off_and_the_rest_is_kept(unsynced: Path, name: str, 
     with copied(unsynced) as store:
         path = place_of(store) / name
         whole = path.read_bytes()
-        path.write_bytes(whole[: int(len(whole) * share)] + garbage)
+        least = HEAD_BYTES + sum(map(len, TILES[:3])) if name == "pack" else 0  # the pack's beginning is known to be on the disk
+        path.write_bytes(whole[: least + int((len(whole) - least) * share)] + garbage)
         with store.open(MANIFEST) as pack:
             ids = held(pack)
             assert ids == set(range(len(ids))), "a prefix of what was added"
             assert share < 1 or len(ids) == 8
+        refill(store)
+
+
+def test_a_pack_shorter_than_what_was_on_the_disk_is_checked_from_its_beginning(unsynced: Path) -> None:
+    with copied(unsynced) as store:
+        path = place_of(store) / "pack"
+        path.write_bytes(path.read_bytes()[: HEAD_BYTES + len(TILES[0]) + len(TILES[1]) - 1] + b"\x00")
+        with store.open(MANIFEST) as pack:
+            assert held(pack) == {0}
         refill(store)
 
 
